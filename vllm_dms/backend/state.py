@@ -1,0 +1,128 @@
+"""The arena and the device state beside it: who fills which tensor, and when.
+
+State tensors have a leading dimension of ``num_states`` = max_num_seqs + 1. Index 0 is the null
+state: padding rows, warm-up and CUDA-graph capture resolve to it (as they resolve to vLLM's null
+block 0), read and write page 0 only, and leave nothing behind.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_dms.backend.layout import SCALE_DTYPE, ArenaLayout
+
+
+@dataclass(frozen=True)
+class ArenaState:
+    """Persistent tensors of one worker. Addresses never change after start-up (CUDA graphs)."""
+
+    layout: ArenaLayout
+    # The pages, views of vLLM's own KV allocation. Shapes [num_pages, P, D] and [num_pages, P].
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    k_scales: torch.Tensor | None  # bfloat16, FP8 storage only
+    v_scales: torch.Tensor | None
+    # Written by the connector before a forward pass, read by `store`.
+    state_of_block: torch.Tensor  # int32 [num_blocks]: first block of a request -> state index
+    block_rows: torch.Tensor  # int32 [num_states, max_blocks_per_request]: blocks in order of use
+    # Written by `store`. pages_used is also zeroed by the connector when a request (re)starts.
+    pages_used: torch.Tensor  # int32 [num_states]: pages handed out so far, lowest first
+    live: torch.Tensor  # int32 [num_states, L, H]: live slots; stale until a request's first store
+    page_table: torch.Tensor  # int32 [num_states, L, H, max_pages_per_row]: page of slot // P
+    evict_ring: torch.Tensor  # uint8 [num_states, L, H, W + 1]: verdict on the token in a ring slot
+
+    @property
+    def num_states(self) -> int:
+        return self.pages_used.shape[0]
+
+    def side_bytes(self) -> int:
+        """Bytes held beyond vLLM's own KV allocation."""
+        side = (
+            self.state_of_block,
+            self.block_rows,
+            self.pages_used,
+            self.live,
+            self.page_table,
+            self.evict_ring,
+        )
+        return sum(t.numel() * t.element_size() for t in side)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Per-step hand-over from `store` to `prefill` and `store_window`; shared by all layers.
+
+    Rows are tokens of the batch, so `max_tokens` is vLLM's max_num_batched_tokens.
+    """
+
+    # int32 [max_tokens, H]: survivor slots that exist once this token's own window has moved on,
+    # that is survivors among tokens at or before position - W - 1.
+    num_survivors: torch.Tensor
+    evict: torch.Tensor  # uint8 [max_tokens, H]: verdict on the chunk's tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's requests, in vLLM's batch order. Tensors are persistent; no host copies.
+
+    A request with one query token is a decode, whether or not it still is in its prompt.
+    """
+
+    num_reqs: int  # rows below, CUDA-graph padding included (padding has no query tokens)
+    num_tokens: int  # query tokens, padding excluded
+    max_query_len: int  # host-side bound: 1 means that `prefill` has nothing to do
+    block_table: torch.Tensor  # int32 [num_reqs, *]: only column 0 is read
+    query_start: torch.Tensor  # int32 [num_reqs + 1]
+    seq_lens: torch.Tensor  # int32 [num_reqs]: tokens stored before this step + query tokens
+    scratch: Scratch
+
+
+def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor | None, ...]:
+    """(k_pages, v_pages, k_scales, v_scales) over ``storage``, a flat uint8 tensor of whole blocks."""
+    num_pages = storage.numel() // layout.page_bytes
+    kv_bytes = layout.page_size * layout.head_dim * layout.storage_dtype.itemsize
+    pages = storage[: num_pages * layout.page_bytes].view(num_pages, layout.page_bytes)
+
+    def part(start: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return pages[:, start : start + size].view(dtype)
+
+    shape = (num_pages, layout.page_size, layout.head_dim)
+    k = part(0, kv_bytes, layout.storage_dtype).unflatten(1, shape[1:])
+    v = part(kv_bytes, kv_bytes, layout.storage_dtype).unflatten(1, shape[1:])
+    if not layout.quantized:
+        return k, v, None, None
+    scale_bytes = layout.page_size * SCALE_DTYPE.itemsize
+    k_scales = part(2 * kv_bytes, scale_bytes, SCALE_DTYPE)
+    v_scales = part(2 * kv_bytes + scale_bytes, scale_bytes, SCALE_DTYPE)
+    return k, v, k_scales, v_scales
+
+
+def allocate_state(
+    storage: torch.Tensor, layout: ArenaLayout, num_blocks: int, max_num_seqs: int
+) -> ArenaState:
+    """Device state for ``max_num_seqs`` requests over ``storage`` (flat uint8, vLLM's KV bytes)."""
+    needed = num_blocks * layout.block_bytes
+    if storage.dtype != torch.uint8 or storage.numel() < needed:
+        raise ValueError(
+            f"KV storage is {storage.numel()} elements of {storage.dtype}; "
+            f"{num_blocks} blocks of {layout.block_bytes} bytes need {needed} uint8"
+        )
+    k, v, k_scales, v_scales = view_pages(storage[:needed], layout)
+    rows = (max_num_seqs + 1, layout.num_layers, layout.num_kv_heads)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=storage.device)
+
+    return ArenaState(
+        layout=layout,
+        k_pages=k,
+        v_pages=v,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        state_of_block=zeros(num_blocks),
+        block_rows=zeros(rows[0], layout.max_blocks_per_request),
+        pages_used=zeros(rows[0]),
+        live=zeros(*rows),
+        page_table=zeros(*rows, layout.max_pages_per_row),
+        evict_ring=zeros(*rows, layout.ring_size, dtype=torch.uint8),
+    )

@@ -1,0 +1,88 @@
+"""The three operations on the arena, as an interface: store, decode, prefill.
+
+One implementation in plain PyTorch (`torch_ops`: CPU, and the truth the kernels are tested
+against) and one in Triton (`triton_ops`). A layer's forward pass is
+
+    store           survivors of the tokens that leave the window in this step are appended;
+                    requests with one query token also write it to the ring
+    prefill         requests with several query tokens attend: survivors without a mask, then
+                    ring and chunk by position and verdict
+    store_window    their last W + 1 tokens go to the ring
+    decode          requests with one query token attend to all their live slots, without a mask
+
+Shapes: T query tokens, H KV heads of this rank, G query heads per KV head, D channels.
+``query``/``output`` [T, H * G, D], ``key``/``value`` [T, H, D], ``alpha`` [T, H] in the model's
+dtype: the value whose scaled and shifted sign is the decision (`reference.decide`).
+"""
+
+from typing import Protocol
+
+import torch
+
+from vllm_dms.backend.state import ArenaState, Batch
+from vllm_dms.config import DMSConfig
+
+# Tokens in flight for which a report gives the exact worst case; beyond, a bound is used.
+REPORT_HORIZON = 4
+
+
+class Ops(Protocol):
+    """Nothing here synchronizes with the host or allocates after start-up on CUDA."""
+
+    def store(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        config: DMSConfig,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        alpha: torch.Tensor,
+    ) -> None: ...
+
+    def prefill(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None: ...
+
+    def store_window(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None: ...
+
+    def decode(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None: ...
+
+
+def report(state: ArenaState, out: torch.Tensor) -> None:
+    """Pages each request holds and may need next, after a step.
+
+    ``out`` int32 [num_states, 1 + REPORT_HORIZON + 1]: pages in use; for k = 1..REPORT_HORIZON the
+    most further pages that k more tokens can take, sum over rows of
+    ceil((live + k) / P) - ceil(live / P); last, live slots summed over rows.
+    """
+    size = state.layout.page_size
+    live = state.live.flatten(1)
+    out[:, 0] = state.pages_used
+    pages = (live + size - 1) // size
+    for k in range(1, REPORT_HORIZON + 1):
+        out[:, k] = ((live + k + size - 1) // size - pages).sum(1)
+    out[:, -1] = live.sum(1)

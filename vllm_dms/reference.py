@@ -1,0 +1,225 @@
+"""DMS in plain PyTorch: the one truth that kernels, backend and engine are tested against.
+
+Written to be read, not to be fast: no cache, no chunks, one dense masked forward per sequence.
+Eviction is a pure function of the token prefix and visibility is causal, so one teacher-forced
+forward gives the exact log-probabilities of every position, however the engine got there.
+
+Glossary, used with the same meaning everywhere:
+  i, j       positions of a query and of a key, j <= i
+  window W   the last W + 1 tokens, the query's own included: always visible
+  alpha      the number a token offers for a decision, one per KV head
+  decision   d[t] = alpha[t] * scale - offset > 0: "evict"
+  shift      whose decision counts: token j's fate is e[j] = d[j + shift]
+  evicted    e[j]: key j disappears when it leaves the window
+  visible    key j is visible to query i iff i - j <= W or not e[j]
+  survivors  keys out of the window that were not evicted
+  live       window + survivors: what a compact cache has to hold
+  group      the query heads that share one KV head
+  borrowed   alpha is the last channel of each group's first query head, taken from attention
+
+Shapes: T tokens, L layers, Hq query heads, H KV heads, D head_dim. Time is the last axis of
+decisions (..., T) and the second to last of q, k, v (heads, T, D).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from vllm_dms.config import DMSConfig
+
+
+def decide(alpha: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
+    """alpha (...) -> bool (...). Rounded to alpha's dtype after each step, so that borderline
+    values agree between implementations."""
+    return (alpha * scale).sub(offset) > 0
+
+
+def evicted(decisions: torch.Tensor, shift: int) -> torch.Tensor:
+    """d (..., T) -> e (..., T). The newest `shift` tokens have no verdict yet and count as kept;
+    they are inside any window."""
+    return F.pad(decisions[..., shift:], (0, shift), value=False)
+
+
+def visible(e: torch.Tensor, window: int, queries: torch.Tensor | None = None) -> torch.Tensor:
+    """e (..., Tk), query positions (Tq) (default: every token) -> bool (..., Tq, Tk)."""
+    keys = torch.arange(e.shape[-1], device=e.device)
+    distance = (keys if queries is None else queries).unsqueeze(-1) - keys
+    return (distance >= 0) & ((distance <= window) | ~e.unsqueeze(-2))
+
+
+def live_counts(e: torch.Tensor, window: int) -> torch.Tensor:
+    """e (..., T) -> int (...): keys that a compact cache holds after T tokens."""
+    num_tokens = e.shape[-1]
+    left_window = max(num_tokens - (window + 1), 0)
+    return (~e[..., :left_window]).sum(-1) + min(num_tokens, window + 1)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """q (Hq, Tq, D), k and v (H, Tk, D), mask (H, Tq, Tk) -> (Hq, Tq, D), computed in fp32."""
+    group = q.shape[0] // k.shape[0]
+    k, v, mask = (x.repeat_interleave(group, dim=0) for x in (k, v, mask))
+    scores = (q.float() @ k.float().mT) * scale
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights @ v.float()).to(q.dtype)
+
+
+def zero_borrowed(q: torch.Tensor, group: int) -> torch.Tensor:
+    """q (Hq, T, D) with the borrowed channels taken out of attention."""
+    q = q.clone()
+    q[::group, :, -1] = 0
+    return q
+
+
+def rope_frequencies(config: dict, head_dim: int) -> torch.Tensor:
+    """Inverse frequencies (D / 2) from config.json, in either of transformers' spellings."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return inv_freq
+    if kind != "llama3":
+        raise ValueError(f"rope_type is {kind!r}: the reference knows 'default' and 'llama3'.")
+    # Long wavelengths are stretched by `factor`, short ones stay, a ramp joins them.
+    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (keep + (1 - keep) / rope["factor"])
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """NeoX rotary embedding: x (heads, T, D); channel c is paired with channel c + D / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    logits: torch.Tensor  # (T, vocab), fp32
+    evict: torch.Tensor  # (L, H, T) bool: e
+    decision_logits: torch.Tensor  # (L, H, T) fp32: alpha * scale - offset; 0 in a dense model
+
+
+class ReferenceModel:
+    """A Qwen3 or Llama model with the DMS mask; dms=None: the dense model.
+
+    config: config.json; weights: the checkpoint's tensors by name. What is optional (q_norm,
+    biases, a tied lm_head) is told from the weights."""
+
+    def __init__(
+        self,
+        config: dict,
+        weights: dict[str, torch.Tensor],
+        dms: DMSConfig | None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.config, self.dms, self.dtype = config, dms, dtype
+        self.weights = {name: w.to(device, dtype) for name, w in weights.items()}
+        self.num_heads = config["num_attention_heads"]
+        self.num_kv_heads = config.get("num_key_value_heads") or self.num_heads
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.num_heads
+        self.group = self.num_heads // self.num_kv_heads
+        self.inv_freq = rope_frequencies(config, self.head_dim).to(device)
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_dir(cls, path: Path | str, overrides: dict | None = None, **kwargs):
+        """A checkpoint directory; overrides as in --additional-config; kwargs: dtype, device."""
+        path = Path(path)
+        config = json.loads((path / "config.json").read_text())
+        extra = path / "dms_metadata.json"
+        metadata = json.loads(extra.read_text()) if extra.exists() else None
+        weights: dict[str, torch.Tensor] = {}
+        for shard in sorted(path.glob("*.safetensors")):
+            weights |= load_file(shard)
+        dms = DMSConfig.from_checkpoint(config, metadata, overrides)
+        return cls(config, weights, dms, **kwargs)
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """RMSNorm, statistics in fp32; the identity where the model has no such norm."""
+        weight = self.weights.get(f"{name}.weight")
+        if weight is None:
+            return x
+        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.config["rms_norm_eps"]).rsqrt()
+        return weight * (x.float() * scale).to(x.dtype)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, heads * D) -> (heads, T, D)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+
+    def alpha(self, layer: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """x (T, hidden): the layer's input before its norm; q (Hq, T, D): after q_norm, before
+        RoPE -> (H, T)"""
+        if self.dms.adapter:
+            normed = self.norm(x, f"{layer}.self_attn.dms_proj_alpha_norm")
+            alpha = self.linear(normed, f"{layer}.self_attn.dms_proj_alpha").T
+        else:
+            alpha = q[:: self.group, :, -1]
+        return alpha[:1].expand_as(alpha) if self.dms.alpha_per == "layer" else alpha
+
+    def attend(self, layer: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+        """x (T, hidden) -> attention block's output (T, hidden), e (H, T), its logits (H, T)"""
+        attn, dms = f"{layer}.self_attn", self.dms
+        h = self.norm(x, f"{layer}.input_layernorm")
+        q = self.norm(self.heads(self.linear(h, f"{attn}.q_proj")), f"{attn}.q_norm")
+        k = self.norm(self.heads(self.linear(h, f"{attn}.k_proj")), f"{attn}.k_norm")
+        v = self.heads(self.linear(h, f"{attn}.v_proj"))
+
+        logits = torch.zeros(self.num_kv_heads, len(x), device=self.device)
+        e = torch.zeros_like(logits, dtype=torch.bool)
+        if dms is not None:
+            alpha = self.alpha(layer, x, q)
+            logits = alpha.float() * dms.alpha_scale - dms.alpha_offset
+            if dms.evict:
+                e = evicted(decide(alpha, dms.alpha_scale, dms.alpha_offset), dms.shift)
+
+        borrowed = dms is not None and not dms.adapter
+        if borrowed:
+            q = zero_borrowed(q, self.group)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if borrowed:  # RoPE has mixed the paired channel back in
+            q = zero_borrowed(q, self.group)
+
+        mask = visible(e, dms.window if dms is not None else 0)
+        out = attention(q, k, v, mask, self.head_dim**-0.5)
+        return self.linear(out.transpose(0, 1).flatten(1), f"{attn}.o_proj"), e, logits
+
+    @torch.inference_mode()
+    def forward(self, token_ids: list[int] | torch.Tensor) -> ReferenceOutput:
+        """token_ids (T) -> logits that follow each token, and who was evicted."""
+        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
+        angles = torch.outer(torch.arange(len(ids), device=self.device).float(), self.inv_freq)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+        x = self.weights["model.embed_tokens.weight"][ids]
+        evict, decision_logits = [], []
+        for i in range(self.config["num_hidden_layers"]):
+            layer = f"model.layers.{i}"
+            out, e, logits = self.attend(layer, x, cos, sin)
+            evict.append(e)
+            decision_logits.append(logits)
+            x = x + out
+            h = self.norm(x, f"{layer}.post_attention_layernorm")
+            gate = F.silu(self.linear(h, f"{layer}.mlp.gate_proj"))
+            x = x + self.linear(gate * self.linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+
+        tied = "lm_head.weight" not in self.weights
+        x = self.norm(x, "model.norm")
+        logits = self.linear(x, "model.embed_tokens" if tied else "lm_head")
+        return ReferenceOutput(logits.float(), torch.stack(evict), torch.stack(decision_logits))
+
+    def logits(self, token_ids: list[int] | torch.Tensor) -> torch.Tensor:
+        """token_ids (T) -> (T, vocab), fp32"""
+        return self.forward(token_ids).logits

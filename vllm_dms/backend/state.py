@@ -35,18 +35,6 @@ class ArenaState:
     def num_states(self) -> int:
         return self.pages_used.shape[0]
 
-    def side_bytes(self) -> int:
-        """Bytes held beyond vLLM's own KV allocation."""
-        side = (
-            self.state_of_block,
-            self.block_rows,
-            self.pages_used,
-            self.live,
-            self.page_table,
-            self.evict_ring,
-        )
-        return sum(t.numel() * t.element_size() for t in side)
-
 
 @dataclass(frozen=True)
 class Scratch:
@@ -77,6 +65,14 @@ class Batch:
     scratch: Scratch
 
 
+def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device | str) -> Scratch:
+    shape = (max_tokens, layout.num_kv_heads)
+    return Scratch(
+        num_survivors=torch.zeros(shape, dtype=torch.int32, device=device),
+        evict=torch.zeros(shape, dtype=torch.uint8, device=device),
+    )
+
+
 def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor | None, ...]:
     """(k_pages, v_pages, k_scales, v_scales) over ``storage``, a flat uint8 tensor of whole blocks."""
     num_pages = storage.numel() // layout.page_bytes
@@ -97,32 +93,66 @@ def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor
     return k, v, k_scales, v_scales
 
 
-def allocate_state(
-    storage: torch.Tensor, layout: ArenaLayout, num_blocks: int, max_num_seqs: int
-) -> ArenaState:
-    """Device state for ``max_num_seqs`` requests over ``storage`` (flat uint8, vLLM's KV bytes)."""
-    needed = num_blocks * layout.block_bytes
-    if storage.dtype != torch.uint8 or storage.numel() < needed:
-        raise ValueError(
-            f"KV storage is {storage.numel()} elements of {storage.dtype}; "
-            f"{num_blocks} blocks of {layout.block_bytes} bytes need {needed} uint8"
-        )
-    k, v, k_scales, v_scales = view_pages(storage[:needed], layout)
+@dataclass(frozen=True)
+class SideState:
+    """The tensors beside the arena, allocated with the model so that vLLM's profiling counts them."""
+
+    block_rows: torch.Tensor
+    pages_used: torch.Tensor
+    live: torch.Tensor
+    page_table: torch.Tensor
+    evict_ring: torch.Tensor
+
+    def num_bytes(self) -> int:
+        tensors = (self.block_rows, self.pages_used, self.live, self.page_table, self.evict_ring)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def allocate_side_state(
+    layout: ArenaLayout, max_num_seqs: int, device: torch.device | str
+) -> SideState:
+    """Side state of ``max_num_seqs`` requests and the null state."""
     rows = (max_num_seqs + 1, layout.num_layers, layout.num_kv_heads)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=storage.device)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
-    return ArenaState(
-        layout=layout,
-        k_pages=k,
-        v_pages=v,
-        k_scales=k_scales,
-        v_scales=v_scales,
-        state_of_block=zeros(num_blocks),
+    return SideState(
         block_rows=zeros(rows[0], layout.max_blocks_per_request),
         pages_used=zeros(rows[0]),
         live=zeros(*rows),
         page_table=zeros(*rows, layout.max_pages_per_row),
         evict_ring=zeros(*rows, layout.ring_size, dtype=torch.uint8),
     )
+
+
+def bind_state(storage: torch.Tensor, layout: ArenaLayout, side: SideState) -> ArenaState:
+    """The whole state over ``storage``: vLLM's KV allocation as flat uint8, a multiple of a block."""
+    num_blocks = storage.numel() // layout.block_bytes
+    if storage.dtype != torch.uint8 or num_blocks < 1:
+        raise ValueError(
+            f"KV storage is {storage.numel()} elements of {storage.dtype}, "
+            f"but one block is {layout.block_bytes} bytes of uint8"
+        )
+    k, v, k_scales, v_scales = view_pages(storage[: num_blocks * layout.block_bytes], layout)
+    return ArenaState(
+        layout=layout,
+        k_pages=k,
+        v_pages=v,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        state_of_block=torch.zeros(num_blocks, dtype=torch.int32, device=storage.device),
+        block_rows=side.block_rows,
+        pages_used=side.pages_used,
+        live=side.live,
+        page_table=side.page_table,
+        evict_ring=side.evict_ring,
+    )
+
+
+def allocate_state(
+    storage: torch.Tensor, layout: ArenaLayout, num_blocks: int, max_num_seqs: int
+) -> ArenaState:
+    """`allocate_side_state` and `bind_state` in one, over the first ``num_blocks`` of ``storage``."""
+    side = allocate_side_state(layout, max_num_seqs, storage.device)
+    return bind_state(storage[: num_blocks * layout.block_bytes], layout, side)

@@ -1,0 +1,248 @@
+"""The attention layer and backend that vLLM sees.
+
+vLLM's own attention op has no argument for a decision, so a DMS layer has an op of its own, which
+`gates.configure` adds to vLLM's splitting ops.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.library import Library
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_dms.backend.runtime import Runtime, get_runtime
+from vllm_dms.backend.state import Batch
+from vllm_dms.config import DMSConfig
+from vllm_dms.core.spec import DMSCacheSpec, make_spec
+
+OP_NAME = "vllm_dms::attention"
+
+
+@dataclass(frozen=True)
+class DMSMetadata(AttentionMetadata):
+    batch: Batch
+
+
+class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
+    """Only references: the connector writes the request state after this ran (see `core`)."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.runtime = get_runtime(vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> DMSMetadata:
+        common = common_attn_metadata
+        batch = Batch(
+            num_reqs=common.num_reqs,
+            num_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            block_table=common.block_table_tensor,
+            query_start=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            scratch=self.runtime.scratch,
+        )
+        return DMSMetadata(batch)
+
+
+class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
+    """Attention over the compact arena of ``runtime`` for its layer ``layer_index``."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        unsupported = {
+            "ALiBi": alibi_slopes,
+            "a sliding window": sliding_window,
+            "a logits soft cap": logits_soft_cap,
+            "a KV cache shared between layers": kv_sharing_target_layer_name,
+            "attention other than a decoder's": attn_type != AttentionType.DECODER or None,
+        }
+        for what, value in unsupported.items():
+            if value is not None:
+                raise ValueError(
+                    f"--kv-cache-dtype dms does not support {what}: its pages hold plain causal "
+                    "keys. Serve this model with --kv-cache-dtype auto."
+                )
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: DMSMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        raise NotImplementedError("DMS attention takes a decision: call `attend`")
+
+    def attend(
+        self,
+        runtime: Runtime,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        alpha: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+    ) -> None:
+        """Store the tokens, then attend; shapes as in `ops`."""
+        ops, state = runtime.ops, runtime.state
+        ops.store(state, batch, runtime.config, layer_index, key, value, alpha)
+        if batch.max_query_len > 1:
+            ops.prefill(state, batch, layer_index, query, key, value, output, self.scale)
+            ops.store_window(state, batch, layer_index, key, value)
+        ops.decode(state, batch, layer_index, query, output, self.scale)
+
+
+class DMSCompactAttentionBackend(AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[DMSCompactAttentionImpl]:
+        return DMSCompactAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[DMSMetadataBuilder]:
+        return DMSMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Block-outermost: a block is one byte range, whose pages any layer and head may take."""
+        return (KVCacheLayout.BLHNC,)
+
+
+class DMSAttention(Attention):
+    """vLLM's attention layer with a decision beside query, key and value."""
+
+    def __init__(self, *args: Any, prefix: str, **kwargs: Any) -> None:
+        vllm_config = get_current_vllm_config()
+        layers = vllm_config.compilation_config.static_forward_context
+        first = next((layer for layer in layers.values() if isinstance(layer, DMSAttention)), None)
+        super().__init__(*args, prefix=prefix, attn_backend=DMSCompactAttentionBackend, **kwargs)
+        self.layer_index = sum(isinstance(layer, DMSAttention) for layer in layers.values()) - 1
+        if first is None:
+            config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+            device = torch.device(vllm_config.device_config.device_type)
+            self.dms_runtime = Runtime(vllm_config, config, device)
+        else:
+            self.dms_runtime = first.dms_runtime
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> DMSCacheSpec:
+        return make_spec(vllm_config, self.dms_runtime.config, self.dms_runtime.layout)
+
+    def forward(  # type: ignore[override]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor
+    ) -> torch.Tensor:
+        """``query`` [T, H * G * D], ``key`` and ``value`` [T, H * D], ``alpha`` [T, H]."""
+        output = torch.empty_like(query)
+        torch.ops.vllm_dms.attention(
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            alpha,
+            output.view(-1, self.num_heads, self.head_size),
+            self.layer_name,
+        )
+        return output
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:  # vLLM's memory profiling
+        output.zero_()
+        return
+    layer = context.no_compile_layers[layer_name]
+    layer.dms_runtime.bind(layer.kv_cache)
+    layer.impl.attend(
+        layer.dms_runtime,
+        layer.layer_index,
+        query,
+        key,
+        value,
+        alpha,
+        metadata[layer_name].batch,
+        output,
+    )
+
+
+def _attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    return
+
+
+_library = Library("vllm_dms", "FRAGMENT")
+direct_register_custom_op(
+    op_name="attention",
+    op_func=_attention,
+    mutates_args=["output"],
+    fake_impl=_attention_fake,
+    target_lib=_library,
+)

@@ -1,0 +1,96 @@
+"""One worker's DMS cache: layout, device state, scratch and operations, shared by all its layers."""
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout, choose_page_size
+from vllm_dms.backend.ops import Ops
+from vllm_dms.backend.state import (
+    ArenaState,
+    allocate_scratch,
+    allocate_side_state,
+    bind_state,
+)
+from vllm_dms.backend.torch_ops import TorchOps
+from vllm_dms.config import DMSConfig
+
+logger = init_logger(__name__)
+
+
+def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
+    """This rank's arena: the same on every rank, because vLLM gives each the same head count."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return ArenaLayout(
+        num_layers=model.get_num_layers(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        window=config.window,
+        page_size=config.page_size or choose_page_size(config.window),
+        block_size=vllm_config.cache_config.block_size,
+        storage_dtype=FP8_DTYPE if config.storage == "fp8" else model.dtype,
+        max_model_len=model.max_model_len,
+    )
+
+
+def choose_ops(config: DMSConfig, device: torch.device) -> str:
+    """"triton" or "torch", from the setting `kernels` and the device."""
+    if config.kernels != "auto":
+        return config.kernels
+    return "triton" if device.type == "cuda" else "torch"
+
+
+class Runtime:
+    """Made by the first attention layer of a model, found by the others and by the connector.
+
+    The side state exists from then on, so that vLLM's memory profiling sees it; the arena is bound
+    when vLLM hands over its KV allocation, and bound again if vLLM replaces it (profiling does).
+    """
+
+    def __init__(self, vllm_config: VllmConfig, config: DMSConfig, device: torch.device) -> None:
+        scheduler = vllm_config.scheduler_config
+        self.config = config
+        self.layout = make_layout(vllm_config, config)
+        self.side = allocate_side_state(self.layout, scheduler.max_num_seqs, device)
+        self.scratch = allocate_scratch(self.layout, scheduler.max_num_batched_tokens, device)
+        self.ops = self._make_ops(vllm_config, device)
+        self._state: ArenaState | None = None
+        self._storage_ptr = 0
+
+    def _make_ops(self, vllm_config: VllmConfig, device: torch.device) -> Ops:
+        if choose_ops(self.config, device) == "torch":
+            return TorchOps()
+        # Imported here: Triton is absent from CPU installations of vLLM.
+        from vllm_dms.backend.triton_ops import TritonOps
+
+        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+        return TritonOps(
+            self.layout,
+            max_tokens=scheduler.max_num_batched_tokens,
+            max_num_seqs=scheduler.max_num_seqs,
+            num_query_heads=model.get_num_attention_heads(vllm_config.parallel_config),
+            device=device,
+        )
+
+    @property
+    def state(self) -> ArenaState:
+        assert self._state is not None, "the KV cache is not bound yet"
+        return self._state
+
+    def bind(self, kv_cache: torch.Tensor) -> None:
+        """Use the allocation behind ``kv_cache``, any layer's view of it. No-op when already bound."""
+        storage = kv_cache.untyped_storage()
+        if storage.data_ptr() == self._storage_ptr:
+            return
+        flat = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
+        self._state = bind_state(flat, self.layout, self.side)
+        self._storage_ptr = storage.data_ptr()
+
+
+def get_runtime(vllm_config: VllmConfig) -> Runtime:
+    """The runtime of the model that was built under ``vllm_config`` in this process."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        runtime = getattr(layer, "dms_runtime", None)
+        if runtime is not None:
+            return runtime
+    raise RuntimeError("no DMS attention layer was built under this configuration")

@@ -13,12 +13,11 @@ from typing import Any, Literal, get_args
 Dialect = Literal["nvidia-borrowed", "nvidia-adapter", "fastdms"]
 
 SUPPORTED_FORMATS = (
-    "Supported DMS checkpoints (Qwen3 and Llama architectures): NVIDIA borrowed-channel "
-    "(config.json with dms_window_size, dms_alpha_scale, dms_initial_alpha_offset, like "
-    "nvidia/Qwen3-8B-DMS-8x); NVIDIA adapter (the same with dms_separate_alpha: true and "
-    "self_attn.dms_proj_alpha* weights, as Model-Optimizer trains); FastDMS (window_size, "
-    "alpha_scale, alpha_offset in dms_metadata.json or config.json, like "
-    "shisa-ai/Llama-3.2-1B-DMS-8x)."
+    "Supported DMS checkpoints (Qwen3 and Llama): NVIDIA borrowed-channel (dms_window_size, "
+    "dms_alpha_scale and dms_initial_alpha_offset in config.json, like nvidia/Qwen3-8B-DMS-8x); "
+    "NVIDIA adapter (the same with dms_separate_alpha: true and self_attn.dms_proj_alpha* weights, "
+    "as Model-Optimizer trains); FastDMS (window_size, alpha_scale and alpha_offset in "
+    "dms_metadata.json or config.json, like shisa-ai/Llama-3.2-1B-DMS-8x)."
 )
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
 
@@ -47,6 +46,7 @@ _NVIDIA_IGNORED = (
 )
 _NVIDIA_SWITCHES = ("dms_separate_alpha", "dms_disable_eviction")
 _NVIDIA_KNOWN = (*(k for k, _ in _NVIDIA_KEYS.values()), *_NVIDIA_SWITCHES, *_NVIDIA_IGNORED)
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)  # True is an int in Python
@@ -83,10 +83,6 @@ _RULES = {
     "kernels": _one_of("auto", "triton", "torch"),
     "log_interval": (lambda v: _is_number(v) and v >= 0, "seconds, 0 for never"),
 }
-
-
-def _override_hint(field: str, value: str = "...") -> str:
-    return f"""--additional-config '{{"dms": {{"{field}": {value}}}}}'"""
 
 
 def _check(field: str, value: Any, where: str, remedy: str) -> Any:
@@ -207,8 +203,7 @@ def _fastdms_section(config: Mapping, metadata: Mapping | None) -> tuple[Mapping
     if metadata is not None:
         if not isinstance(metadata, Mapping):
             raise ValueError(
-                f"dms_metadata.json holds {metadata!r}, but it must be a JSON object with "
-                "window_size, alpha_scale and alpha_offset. Restore the file from the checkpoint."
+                f"dms_metadata.json holds {metadata!r}, but it must be a JSON object. Restore it."
             )
         for name in ("dms", "config"):
             if isinstance(metadata.get(name), Mapping):
@@ -253,12 +248,13 @@ def _read_keys(source: Mapping, keys: Mapping, where: str, overrides: Mapping) -
     for field, (key, required) in keys.items():
         if field in overrides:
             continue
-        remedy = f"Correct it, or set {_override_hint(field)}."
+        setting = f"""--additional-config '{{"dms": {{"{field}": ...}}}}'"""
         if key in source:
+            remedy = f"Correct it, or set {setting}."
             values[field] = _check(field, source[key], f"{where}: {key}", remedy)
         elif required:
             raise ValueError(
                 f"{where}: {key} is missing: without it nobody can tell which tokens this "
-                f"checkpoint evicts. Restore it, or set {_override_hint(field)}."
+                f"checkpoint evicts. Restore it, or set {setting}."
             )
     return values

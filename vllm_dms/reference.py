@@ -211,9 +211,9 @@ class ReferenceModel:
             evict.append(e)
             decision_logits.append(logits)
             x = x + out
-            h = self.norm(x, f"{layer}.post_attention_layernorm")
-            gate = F.silu(self.linear(h, f"{layer}.mlp.gate_proj"))
-            x = x + self.linear(gate * self.linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+            h, mlp = self.norm(x, f"{layer}.post_attention_layernorm"), f"{layer}.mlp"
+            h = F.silu(self.linear(h, f"{mlp}.gate_proj")) * self.linear(h, f"{mlp}.up_proj")
+            x = x + self.linear(h, f"{mlp}.down_proj")
 
         tied = "lm_head.weight" not in self.weights
         x = self.norm(x, "model.norm")

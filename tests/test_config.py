@@ -1,0 +1,233 @@
+"""DMSConfig: what is read from which checkpoint, and what is refused with which words."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from transformers import LlamaConfig, Qwen3Config
+
+from vllm_dms.config import OVERRIDES, DMSConfig, weight_suffixes
+
+NVIDIA = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "dms_window_size": 512,
+    "dms_alpha_scale": 100.0,
+    "dms_initial_alpha_offset": 5.0,
+}
+RUN_TIME = {
+    "dms_cr": 8,
+    "dms_tau": 0.1,
+    "dms_paged_attention_block_size": 256,
+    "dms_compile_limit": 72,
+    "dms_manual_inference_mode": False,
+    "dms_chunked_prefill": None,
+    "dms_preallocate_for_tokens": 4096,
+}
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+FASTDMS = {"window_size": 256, "alpha_scale": 100.0, "alpha_offset": 5.0}
+FASTDMS_DOC = {"target_cr": 8, "context_len": 8192, "compression_mode": "dms"}
+
+BORROWED = DMSConfig("nvidia-borrowed", 512, 100.0, 5.0, shift=1)
+ADAPTER = dataclasses.replace(BORROWED, dialect="nvidia-adapter")
+UNSHIFTED = DMSConfig("fastdms", 256, 100.0, 5.0, shift=0)
+
+
+def changed(config, **fields):
+    return dataclasses.replace(config, **fields)
+
+
+ACCEPTED = {
+    "nvidia, only the required keys": (NVIDIA, None, BORROWED),
+    "nvidia, as on the hub": (NVIDIA | RUN_TIME, None, changed(BORROWED, nominal_ratio=8)),
+    "nvidia, integer scale": (NVIDIA | {"dms_alpha_scale": 100}, None, BORROWED),
+    "nvidia, borrowed said aloud": (NVIDIA | {"dms_separate_alpha": False}, None, BORROWED),
+    "nvidia, layer": (
+        NVIDIA | {"dms_alpha_per": "layer"},
+        None,
+        changed(BORROWED, alpha_per="layer"),
+    ),
+    "nvidia, off": (NVIDIA | {"dms_disable_eviction": True}, None, changed(BORROWED, evict=False)),
+    "nvidia on llama": (NVIDIA | LLAMA, None, BORROWED),
+    "adapter": (
+        NVIDIA | {"architectures": ["Qwen3ForCausalLMDMS"], "dms_separate_alpha": True},
+        None,
+        ADAPTER,
+    ),
+    "adapter on llama": (
+        NVIDIA | {"architectures": ["LlamaForCausalLMDMS"], "dms_separate_alpha": True},
+        None,
+        ADAPTER,
+    ),
+    "fastdms, metadata": (LLAMA, FASTDMS | FASTDMS_DOC, changed(UNSHIFTED, nominal_ratio=8)),
+    "fastdms, metadata under config": (LLAMA, {"config": FASTDMS, "steps": 1}, UNSHIFTED),
+    "fastdms, metadata under dms": (LLAMA, {"dms": FASTDMS}, UNSHIFTED),
+    "fastdms, in config.json": (LLAMA | FASTDMS, None, UNSHIFTED),
+    "fastdms, in config.json under dms": (LLAMA | {"dms": FASTDMS}, None, UNSHIFTED),
+    "plain qwen3": ({"architectures": ["Qwen3ForCausalLM"]}, None, None),
+    "plain model of any kind": ({"architectures": ["WhisperModel"]}, None, None),
+    "another model's window_size": (LLAMA | {"window_size": 7}, None, None),
+    "another model's alpha_scale": (LLAMA | {"window_size": 7, "alpha_scale": 1.0}, None, None),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_checkpoint_files_are_read_as(case):
+    config, metadata, expected = ACCEPTED[case]
+    assert DMSConfig.from_checkpoint(config, metadata) == expected
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+# Case: (config.json, dms_metadata.json, overrides, words that the message must have).
+REFUSED = {
+    **{
+        f"nvidia without {key}": (without(NVIDIA, key), None, None, [key, "missing", override])
+        for key, override in [
+            ("dms_window_size", '"window"'),
+            ("dms_alpha_scale", '"alpha_scale"'),
+            ("dms_initial_alpha_offset", '"alpha_offset"'),
+        ]
+    },
+    **{
+        f"fastdms without {key}": (LLAMA, without(FASTDMS, key), None, [key, "dms_metadata.json"])
+        for key in FASTDMS
+    },
+    **{
+        f"{key} is {value!r}": (NVIDIA | {key: value}, None, None, [key, repr(value)])
+        for key, value in [
+            ("dms_window_size", True),
+            ("dms_window_size", "512"),
+            ("dms_window_size", 512.0),
+            ("dms_window_size", -1),
+            ("dms_window_size", 0),
+            ("dms_window_size", None),
+            ("dms_alpha_scale", "100"),
+            ("dms_alpha_scale", math.nan),
+            ("dms_alpha_scale", math.inf),
+            ("dms_alpha_scale", 0.0),
+            ("dms_alpha_scale", True),
+            ("dms_initial_alpha_offset", math.nan),
+            ("dms_initial_alpha_offset", None),
+            ("dms_alpha_per", "token"),
+            ("dms_alpha_per", None),
+            ("dms_cr", 0.5),
+            ("dms_cr", "8"),
+            ("dms_separate_alpha", None),
+            ("dms_separate_alpha", "true"),
+            ("dms_separate_alpha", 1),
+            ("dms_disable_eviction", 0),
+        ]
+    },
+    "unknown nvidia key": (
+        NVIDIA | {"dms_windowsize": 5},
+        None,
+        None,
+        ["dms_windowsize", "known keys"],
+    ),
+    "unsupported architecture": (
+        NVIDIA | {"architectures": ["GemmaForCausalLM"]},
+        None,
+        None,
+        ["GemmaForCausalLM", "Supported DMS checkpoints"],
+    ),
+    "two formats at once": (NVIDIA, FASTDMS, None, ["dms_window_size", "dms_metadata.json"]),
+    "empty metadata": (LLAMA, {}, None, ["dms_metadata.json", "window_size"]),
+    "metadata is a list": (LLAMA, [], None, ["dms_metadata.json", "JSON object"]),
+    "unknown override": (NVIDIA, None, {"windoww": 5}, ["windoww", *OVERRIDES]),
+    "overrides are no object": (NVIDIA, None, True, ["--additional-config", "JSON object"]),
+    **{
+        f"override {key} is {value!r}": (NVIDIA, None, {key: value}, [key, repr(value)])
+        for key, value in [
+            ("window", True),
+            ("window", "16"),
+            ("shift", 2),
+            ("shift", True),
+            ("evict", "no"),
+            ("evict", 0),
+            ("alpha_per", "query"),
+            ("kernels", "cuda"),
+            ("page_size", 12),
+            ("page_size", 4),
+            ("page_size", 16.0),
+            ("reserve_compression", 0.5),
+            ("reserve_compression", math.nan),
+            ("log_interval", -1),
+            ("nominal_ratio", 0),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_odd_checkpoints_and_settings_are_refused_by_name(case):
+    config, metadata, overrides, words = REFUSED[case]
+    with pytest.raises(ValueError) as error:
+        DMSConfig.from_checkpoint(config, metadata, overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"window": 32, "alpha_scale": 2, "alpha_offset": -1.5, "shift": 0},
+        {"evict": False, "alpha_per": "layer", "nominal_ratio": None},
+        {"reserve_compression": 4, "page_size": 64, "kernels": "torch", "log_interval": 0},
+    ],
+)
+def test_overrides_win_over_the_checkpoint(overrides):
+    config = NVIDIA | RUN_TIME
+    expected = changed(DMSConfig.from_checkpoint(config), **overrides)
+    assert DMSConfig.from_checkpoint(config, None, overrides) == expected
+
+
+def test_an_override_replaces_a_missing_or_bad_key():
+    config = without(NVIDIA, "dms_window_size") | {"dms_alpha_scale": "?"}
+    overrides = {"window": 512, "alpha_scale": 100.0}
+    read = DMSConfig.from_checkpoint(config, None, overrides)
+    assert read == BORROWED
+
+
+def test_overrides_do_not_turn_a_plain_model_into_a_dms_one():
+    assert DMSConfig.from_checkpoint(LLAMA, None, {"window": 16}) is None
+
+
+def test_storage_comes_from_the_cache_dtype_and_not_from_overrides():
+    assert DMSConfig.from_checkpoint(NVIDIA, storage="fp8").storage == "fp8"
+    with pytest.raises(ValueError, match="storage"):
+        DMSConfig.from_checkpoint(NVIDIA, None, {"storage": "fp8"})
+    with pytest.raises(ValueError, match="int4"):
+        DMSConfig.from_checkpoint(NVIDIA, storage="int4")
+
+
+def test_configs_parsed_by_transformers_read_like_their_json():
+    qwen = Qwen3Config(**NVIDIA, **RUN_TIME)
+    assert DMSConfig.from_checkpoint(qwen) == DMSConfig.from_checkpoint(NVIDIA | RUN_TIME)
+    assert DMSConfig.from_checkpoint(LlamaConfig(**LLAMA), FASTDMS) == UNSHIFTED
+    assert DMSConfig.from_checkpoint(LlamaConfig(**LLAMA)) is None
+
+
+@pytest.mark.parametrize("config", [BORROWED, ADAPTER, changed(UNSHIFTED, page_size=32)])
+def test_a_trip_through_json_changes_nothing(config):
+    assert DMSConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_is_checked_however_it_is_made_and_cannot_be_changed():
+    with pytest.raises(ValueError, match="window"):
+        changed(BORROWED, window=-3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BORROWED.window = 3
+
+
+def test_only_the_adapter_has_weights_of_its_own():
+    assert weight_suffixes(BORROWED) == weight_suffixes(UNSHIFTED) == ((), ())
+    required, optional = weight_suffixes(ADAPTER)
+    assert required == (
+        "self_attn.dms_proj_alpha.weight",
+        "self_attn.dms_proj_alpha_norm.weight",
+    )
+    assert optional == ("self_attn.dms_proj_alpha.bias",)
+    assert ADAPTER.adapter and not BORROWED.adapter and not UNSHIFTED.adapter

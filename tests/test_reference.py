@@ -1,0 +1,258 @@
+"""The reference against Hugging Face, brute force, and deliberate mistakes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from checkpoints import random_tokens
+from safetensors import safe_open
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+
+from vllm_dms import reference
+from vllm_dms.config import weight_suffixes
+from vllm_dms.reference import (
+    ReferenceModel,
+    attention,
+    decide,
+    evicted,
+    live_counts,
+    rope_frequencies,
+    visible,
+    zero_borrowed,
+)
+
+NVIDIA_LLAMA = {"arch": "LlamaForCausalLM"}
+RECIPES = {
+    "borrowed": {},
+    "adapter": {"dialect": "nvidia-adapter"},
+    "fastdms": {"dialect": "fastdms"},
+    "layer": {"alpha_per": "layer"},
+    "adapter-layer": {"dialect": "nvidia-adapter", "alpha_per": "layer"},
+    "borrowed-llama": {"dialect": "nvidia-borrowed", **NVIDIA_LLAMA},
+    "adapter-llama": {"dialect": "nvidia-adapter", **NVIDIA_LLAMA},
+    "margin": {"min_margin": 5.0},
+    "heavy-tailed": {"heavy_tailed": True, "num_heads": 8, "num_kv_heads": 4},
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+PROMPT = random_tokens(400, seed=7)
+FP32_NOISE = 1e-4  # nats; measured 1e-5 to 3e-5 between fp32 and fp64
+
+
+def log_probs(model, ids=PROMPT):
+    return model.logits(ids).log_softmax(-1)
+
+
+def with_rule(model, **changes):
+    """The same weights under another rule."""
+    return ReferenceModel(model.config, model.weights, dataclasses.replace(model.dms, **changes))
+
+
+@pytest.mark.parametrize(
+    "dialect, hf_class, extra",
+    [
+        ("dense", Qwen3ForCausalLM, {}),
+        ("dense", Qwen3ForCausalLM, {"rope_theta": 1e6}),
+        ("dense", LlamaForCausalLM, {"rope_scaling": LLAMA3_ROPE}),
+        ("dense", LlamaForCausalLM, {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}}),
+        ("nvidia-adapter", Qwen3ForCausalLM, {"dms_disable_eviction": True}),
+    ],
+)
+def test_without_eviction_it_is_the_model_that_transformers_runs(
+    checkpoint, dialect, hf_class, extra
+):
+    path = checkpoint(dialect, arch=hf_class.__name__, extra_config=extra)
+    theirs = hf_class.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([PROMPT])).logits[0]
+    ours = ReferenceModel.from_dir(path).logits(PROMPT)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_tied_head_and_biases_are_told_from_the_weights(checkpoint):
+    path = checkpoint("dense")
+    config = json.loads((path / "config.json").read_text())
+    theirs = Qwen3ForCausalLM.from_pretrained(
+        path, dtype=torch.float32, tie_word_embeddings=True, attention_bias=True
+    )
+    for name, p in theirs.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
+    theirs.lm_head.weight = theirs.model.embed_tokens.weight
+    weights = {k: v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([PROMPT])).logits[0]
+    ours = ReferenceModel(config, weights, None).logits(PROMPT)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_both_spellings_of_rope_settings_mean_the_same():
+    old = {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE}
+    new = {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}}
+    assert torch.equal(rope_frequencies(old, 32), rope_frequencies(new, 32))
+    with pytest.raises(ValueError, match="yarn"):
+        rope_frequencies({"rope_parameters": {"rope_type": "yarn"}}, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_decision_is_rounded_to_its_dtype_before_the_threshold(dtype):
+    step = torch.finfo(dtype).eps
+    at_threshold = torch.tensor(0.05, dtype=dtype)
+    alpha = torch.stack(
+        [at_threshold, at_threshold * (1 - 4 * step), at_threshold * (1 + 4 * step)]
+    )
+    product = (alpha.double() * 100).to(dtype)
+    assert decide(alpha, 100.0, 5.0).tolist() == (product > 5).tolist()
+    assert not decide(torch.tensor([0.0, -1.0], dtype=dtype), 100.0, 5.0).any()
+    assert decide(torch.tensor([-1.0], dtype=dtype), -100.0, 5.0).all()
+
+
+def test_bf16_products_round_onto_the_threshold():
+    # 0.0500488 is the bf16 next to 0.05; 100 times it is 5.00488, which bf16 rounds to 5.0.
+    alpha = torch.tensor([0.05], dtype=torch.bfloat16)
+    assert alpha.float() * 100 > 5
+    assert not decide(alpha, 100.0, 5.0)
+
+
+def test_a_token_is_judged_by_the_one_shift_later_and_the_newest_is_kept():
+    d = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    assert evicted(d, 0).tolist() == d.tolist()
+    assert evicted(d, 1).tolist() == [[False, True, True, False], [True, True, False, False]]
+    assert evicted(d[:, :1], 1).tolist() == [[False], [False]]
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 100])
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 5, 17, 18, 40])
+def test_masks_and_live_counts_match_a_cache_that_forgets_token_by_token(num_tokens, window):
+    generator = torch.Generator().manual_seed(num_tokens * 1000 + window)
+    e = torch.rand(3, num_tokens, generator=generator) < 0.7
+    mask = visible(e, window)
+    for head in range(3):
+        cache: list[int] = []
+        for i in range(num_tokens):
+            cache.append(i)
+            leaving = i - (window + 1)
+            if leaving >= 0 and e[head, leaving]:
+                cache.remove(leaving)
+            assert mask[head, i].nonzero().flatten().tolist() == cache
+            assert live_counts(e[head, : i + 1], window) == len(cache)
+    some = torch.tensor([num_tokens - 1, 0])
+    assert torch.equal(visible(e, window, some), mask[:, some])
+
+
+def test_attention_shares_each_kv_head_and_its_mask_among_a_group():
+    q, k, v = torch.randn(4, 5, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    mask = torch.rand(2, 5, 9) < 0.5
+    mask[..., 0] = True
+    out = attention(q, k, v, mask, 0.3)
+    for head in range(4):
+        for i in range(5):
+            keys = mask[head // 2, i].nonzero().flatten()
+            weights = (k[head // 2, keys] @ q[head, i] * 0.3).softmax(0)
+            torch.testing.assert_close(out[head, i], weights @ v[head // 2, keys])
+
+
+def test_only_the_borrowed_channels_are_zeroed():
+    q = torch.ones(6, 4, 8)
+    zeroed = zero_borrowed(q, group=3)
+    assert q.all()
+    assert (zeroed == 0).nonzero().tolist() == [[h, t, 7] for h in (0, 3) for t in range(4)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_eviction_is_causal_so_one_forward_serves_every_prefix(checkpoint, recipe):
+    model = ReferenceModel.from_dir(checkpoint(**RECIPES[recipe]))
+    whole = model.forward(PROMPT)
+    for length in (1, 17, 18, 200):
+        part = model.forward(PROMPT[:length])
+        torch.testing.assert_close(part.logits, whole.logits[:length], rtol=0, atol=1e-4)
+        settled = length - model.dms.shift  # the newest token may have no verdict yet
+        assert torch.equal(part.evict[..., :settled], whole.evict[..., :settled])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_checkpoints_evict_as_asked_and_eviction_shows(checkpoint, recipe):
+    model = ReferenceModel.from_dir(checkpoint(**RECIPES[recipe]))
+    out = model.forward(PROMPT)
+    assert out.evict.shape == (2, model.num_kv_heads, len(PROMPT))
+    assert out.evict.float().mean() == pytest.approx(0.875, abs=0.06)
+    if model.dms.alpha_per == "layer":
+        assert torch.equal(out.evict[:, 0], out.evict[:, 1])
+    else:
+        assert not torch.equal(out.evict[:, 0], out.evict[:, 1])
+    difference = (log_probs(model) - log_probs(with_rule(model, evict=False)))[100:].abs()
+    assert difference.median() > 0.5 and difference.max() > 5
+    assert out.logits[100:].argmax(-1).unique().numel() > 50
+
+
+def test_heads_of_a_heavy_tailed_checkpoint_keep_very_different_shares(checkpoint):
+    model = ReferenceModel.from_dir(checkpoint(**RECIPES["heavy-tailed"]))
+    live = live_counts(model.forward(PROMPT).evict, model.dms.window).flatten()
+    assert live.max() > 3 * live.min()
+
+
+def test_decisions_stay_clear_of_the_threshold_when_a_margin_is_asked_for(checkpoint):
+    path = checkpoint(**RECIPES["margin"])
+    exact = ReferenceModel.from_dir(path).forward(PROMPT)
+    rounded = ReferenceModel.from_dir(path, dtype=torch.bfloat16).forward(PROMPT)
+    assert exact.decision_logits.abs().min() > 5
+    assert torch.equal(exact.evict, rounded.evict)
+
+
+def test_disabled_eviction_keeps_everything_but_still_gives_up_the_channel(checkpoint):
+    path = checkpoint(disable_eviction=True)
+    kept = ReferenceModel.from_dir(path)
+    assert not kept.forward(PROMPT).evict.any()
+    dense = ReferenceModel(kept.config, kept.weights, None)
+    assert (log_probs(kept) - log_probs(dense)).abs().max() > 100 * FP32_NOISE
+    evicting = ReferenceModel.from_dir(path, overrides={"evict": True})
+    assert evicting.forward(PROMPT).evict.any()
+
+
+@pytest.mark.parametrize("recipe", ["borrowed", "adapter", "fastdms", "layer"])
+@pytest.mark.parametrize("mistake", ["shift", "window + 1", "window - 1"])
+def test_an_error_of_one_token_shows(checkpoint, recipe, mistake):
+    model = ReferenceModel.from_dir(checkpoint(**RECIPES[recipe]))
+    shift, window = model.dms.shift, model.dms.window
+    wrong = {
+        "shift": {"shift": 1 - shift},
+        "window + 1": {"window": window + 1},
+        "window - 1": {"window": window - 1},
+    }[mistake]
+    difference = (log_probs(model) - log_probs(with_rule(model, **wrong))).abs()
+    assert difference.max() > 10_000 * FP32_NOISE
+    assert difference[100:].median() > 1_000 * FP32_NOISE
+
+
+@pytest.mark.parametrize("recipe", ["borrowed", "fastdms", "layer", "borrowed-llama"])
+@pytest.mark.parametrize("zeroed", [(), ("before",), ("after",)], ids=["never", "before", "after"])
+def test_a_borrowed_channel_left_in_attention_shows(checkpoint, monkeypatch, recipe, zeroed):
+    model = ReferenceModel.from_dir(checkpoint(**RECIPES[recipe]))
+    right = log_probs(model)
+    moments = [m for _ in range(model.config["num_hidden_layers"]) for m in ("before", "after")]
+    calls = iter(moments)
+
+    def forgetful(q, group):
+        return zero_borrowed(q, group) if next(calls) in zeroed else q
+
+    monkeypatch.setattr(reference, "zero_borrowed", forgetful)
+    difference = (right - log_probs(model)).abs()
+    assert next(calls, None) is None
+    assert difference.max() > 1_000 * FP32_NOISE
+    assert difference[100:].median() > 100 * FP32_NOISE
+
+
+@pytest.mark.parametrize("recipe", ["borrowed", "adapter", "fastdms"])
+def test_checkpoints_hold_exactly_the_dms_weights_of_their_format(checkpoint, recipe):
+    path = checkpoint(**RECIPES[recipe])
+    dms = ReferenceModel.from_dir(path).dms
+    with safe_open(path / "model.safetensors", "pt") as file:
+        found = {name for name in file.keys() if "dms" in name}  # noqa: SIM118
+    required, _ = weight_suffixes(dms)
+    assert found == {f"model.layers.{i}.{suffix}" for i in range(2) for suffix in required}

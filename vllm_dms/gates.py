@@ -1,0 +1,181 @@
+"""From the user's flags to an engine configured for DMS, or one clear error.
+
+`configure` runs in the frontend, for every model, before vLLM resolves what depends on it; child
+processes receive its result with the pickled config. It may run again on a copy of a config.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.transformers_utils.config import get_hf_file_to_dict
+
+from vllm_dms.compat import check_hooks, check_vllm_version
+from vllm_dms.config import SUPPORTED_FORMATS, DMSConfig
+
+logger = init_logger(__name__)
+
+CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8"}  # flag value -> DMSConfig.storage
+# Architecture in the checkpoint's config.json -> the class `plugin` registers.
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "DMSQwen3ForCausalLM",
+    "Qwen3ForCausalLMDMS": "DMSQwen3ForCausalLM",
+    "LlamaForCausalLM": "DMSLlamaForCausalLM",
+    "LlamaForCausalLMDMS": "DMSLlamaForCausalLM",
+}
+# vLLM's own list plus ours; set before vLLM fills in its default.
+ATTENTION_OP = "vllm_dms::attention"
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Apply ``--kv-cache-dtype dms`` or ``dms_fp8``; without it, only warn where DMS was meant."""
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in CACHE_DTYPES:
+        _warn_if_dense(vllm_config)
+        return
+    check_vllm_version()
+    check_hooks()
+    storage = CACHE_DTYPES[cache_dtype]
+    config = _read_config(vllm_config, storage)
+    for refusal in _refusals(vllm_config, config):
+        raise ValueError(f"--kv-cache-dtype {cache_dtype}: {refusal}")
+    _apply(vllm_config, config)
+
+
+def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:
+    model = vllm_config.model_config
+    metadata = get_hf_file_to_dict("dms_metadata.json", model.model, model.revision)
+    overrides = vllm_config.additional_config.get("dms")
+    config = DMSConfig.from_checkpoint(model.hf_config, metadata, overrides, storage)
+    if config is None:
+        raise ValueError(
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} needs a DMS checkpoint, but "
+            f"{model.model} has no DMS settings. {SUPPORTED_FORMATS} Serve this model with "
+            "--kv-cache-dtype auto, or retrofit it."
+        )
+    return config
+
+
+def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
+    """What is set but not built or not tested with DMS: the setting, the reason, the remedy."""
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    parallel, hf_config = vllm_config.parallel_config, model.hf_config
+    architectures = getattr(hf_config, "architectures", None) or []
+    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    checks = {
+        f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": not any(
+            name in ARCHITECTURES for name in architectures
+        ),
+        "--speculative-config is set, but draft tokens would commit evictions that a rejected "
+        "draft can't undo. Remove --speculative-config.": vllm_config.speculative_config,
+        "--kv-transfer-config is set, but DMS uses vLLM's KV connector slot itself, and its pages "
+        "can't be moved to another instance. Remove --kv-transfer-config.": (
+            vllm_config.kv_transfer_config
+        ),
+        "--ec-transfer-config is set, which is not tested with DMS. Remove it.": (
+            vllm_config.ec_transfer_config
+        ),
+        "--kv-offloading-size is set, but DMS pages can't be offloaded. Remove it.": (
+            cache.kv_offloading_size
+        ),
+        "--decode-context-parallel-size or --prefill-context-parallel-size is above 1, but a row "
+        "of survivors is not split over ranks. Set both to 1.": (
+            (parallel.decode_context_parallel_size or 1) > 1
+            or (parallel.prefill_context_parallel_size or 1) > 1
+        ),
+        "--pipeline-parallel-size is above 1, but reports of pages in use come from one stage "
+        "only. Use --tensor-parallel-size instead.": parallel.pipeline_parallel_size > 1,
+        "dual-batch overlap is on, but DMS keeps one step's state at a time. Remove --enable-dbo.": (
+            parallel.use_ubatching
+        ),
+        "--enable-lora is set, but adapters on q_proj would change eviction decisions, which is "
+        "not tested. Merge the adapter into the checkpoint or remove --enable-lora.": (
+            vllm_config.lora_config
+        ),
+        "--enable-sleep-mode is set, but the device state beside the KV cache is not saved. Remove "
+        "--enable-sleep-mode.": model.enable_sleep_mode,
+        "the model has sliding-window or linear attention layers, but DMS replaces full attention "
+        "only. Serve it with --kv-cache-dtype auto.": (
+            layer_types != {"full_attention"} or cache.sliding_window is not None
+        ),
+        "--kv-cache-dtype-skip-layers is set, but all layers share one arena. Remove it.": (
+            cache.kv_cache_dtype_skip_layers
+        ),
+        "the checkpoint quantizes its KV cache to FP8, but DMS pages hold the model's dtype or "
+        "their own FP8 format. Use a checkpoint without kv_cache_scheme.": _fp8_kv(hf_config),
+        'kernels is "triton", but this platform has no CUDA device. Use "auto" or "torch".': (
+            config.kernels == "triton" and vllm_config.device_config.device_type != "cuda"
+        ),
+    }
+    return [text for text, is_set in checks.items() if is_set]
+
+
+def _fp8_kv(hf_config: Any) -> bool:
+    quantization = getattr(hf_config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    nested = quantization.get("quantization") or {}
+    return any(
+        section.get(key) for section in (quantization, nested) for key in
+        ("kv_cache_scheme", "kv_cache_quant_algo")
+    )
+
+
+def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        logger.warning(
+            "Prefix caching is turned off: with --kv-cache-dtype dms a block holds survivors of "
+            "one request, which another request can't share."
+        )
+        cache.enable_prefix_caching = False
+    # The pages hold the model's dtype or FP8 by DMS's own rule; vLLM's tables know neither name.
+    cache.cache_dtype = "auto"
+    vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector="DMSConnector",
+        kv_connector_module_path="vllm_dms.core.connector",
+        # Not a consumer: consumers make the scheduler delay freeing blocks.
+        kv_role="kv_producer",
+    )
+    compilation = vllm_config.compilation_config
+    splitting = compilation.splitting_ops
+    if splitting is None:
+        splitting = [*compilation._attention_ops]
+    if splitting and ATTENTION_OP not in splitting:
+        compilation.splitting_ops = [*splitting, ATTENTION_OP]
+    _select_model(vllm_config)
+
+
+def _select_model(vllm_config: VllmConfig) -> None:
+    """Serve this model, and no other of its architecture, with the DMS model class."""
+    model = vllm_config.model_config
+    found = next(name for name in model.hf_config.architectures if name in ARCHITECTURES)
+    architectures = [ARCHITECTURES[found]]
+    model.hf_config.architectures = architectures
+    model.model_arch_config.architectures = architectures
+    model._model_info, model._architecture = model.registry.inspect_model_cls(architectures, model)
+
+
+def _warn_if_dense(vllm_config: VllmConfig) -> None:
+    model, overrides = vllm_config.model_config, vllm_config.additional_config.get("dms")
+    if isinstance(overrides, dict) and "dialect" in overrides:
+        return  # configured already
+    if overrides is not None:
+        raise ValueError(
+            f'--additional-config has "dms": {overrides!r}, but --kv-cache-dtype is '
+            f'{vllm_config.cache_config.cache_dtype!r}, so it would have no effect. Add '
+            "--kv-cache-dtype dms or remove the setting."
+        )
+    if not set(getattr(model.hf_config, "architectures", None) or []) & set(ARCHITECTURES):
+        return
+    keys = model.hf_config.to_dict()
+    local = Path(model.model, "dms_metadata.json").is_file()
+    if local or "dms_window_size" in keys or {"alpha_scale", "alpha_offset"} <= keys.keys():
+        logger.warning(
+            "%s is a DMS checkpoint served without --kv-cache-dtype dms: nothing is evicted, the "
+            "KV cache keeps its full size, and where the decision borrows a query channel that "
+            "channel's noise enters attention. Add --kv-cache-dtype dms.",
+            model.model,
+        )

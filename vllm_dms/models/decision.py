@@ -1,0 +1,120 @@
+"""Where a layer's decision is read, for both checkpoint forms; used by every model family.
+
+``alpha`` [T, H] is the value whose scaled and shifted sign decides; the threshold itself is applied
+where the token is stored (`reference.decide` says in which arithmetic).
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from vllm_dms.config import DMSConfig
+
+DMS_WEIGHT_PREFIX = "dms_"
+
+
+def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
+    """The resolved DMS settings of this engine, or None when it serves the checkpoint densely."""
+    resolved = vllm_config.additional_config.get("dms")
+    if not isinstance(resolved, dict) or "dialect" not in resolved:
+        return None
+    return DMSConfig.from_dict(resolved)
+
+
+class BorrowedChannel(nn.Module):
+    """The last channel of the first query head of each group carries the decision.
+
+    It is 0 in attention, and zeroed both before and after RoPE: before, or RoPE would mix it into
+    its partner channel; after, or the partner would leak into it.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, per_layer: bool) -> None:
+        super().__init__()
+        if per_layer and get_tensor_model_parallel_world_size() > 1:
+            raise ValueError(
+                'dms_alpha_per "layer" with a borrowed query channel is not supported with '
+                "--tensor-parallel-size > 1: head 0, which decides for all, is on the first rank "
+                "only. Use --tensor-parallel-size 1."
+            )
+        self.group = num_heads // num_kv_heads
+        self.per_layer = per_layer
+        borrowed = torch.zeros(num_heads, head_dim, dtype=torch.bool)
+        borrowed[:: self.group, -1] = True
+        self.register_buffer("borrowed", borrowed, persistent=False)
+
+    def read(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha [T, H], cleared query) of the query heads [T, H * G, D] before RoPE."""
+        alpha = query[:, :: self.group, -1]
+        if self.per_layer:
+            alpha = alpha[:, :1].expand_as(alpha)
+        return alpha.contiguous(), self.clear(query)
+
+    def clear(self, query: torch.Tensor) -> torch.Tensor:
+        return query.masked_fill(self.borrowed, 0.0)
+
+
+class AlphaAdapter:
+    """Reads the decision from the hidden state before `input_layernorm`.
+
+    Not a module: the checkpoint keeps the adapter's weights on the attention layer itself, as
+    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``. Every rank computes all heads (a few rows) and
+    keeps its own.
+    """
+
+    def __init__(
+        self, total_kv_heads: int, num_kv_heads: int, hidden_size: int, bias: bool, eps: float,
+        per_layer: bool, prefix: str,
+    ) -> None:
+        self.proj = ReplicatedLinear(
+            hidden_size, total_kv_heads, bias=bias, prefix=f"{prefix}.dms_proj_alpha"
+        )
+        self.norm = RMSNorm(hidden_size, eps=eps)
+        self.num_kv_heads = num_kv_heads
+        self.per_layer = per_layer
+        # With fewer KV heads than ranks, vLLM gives neighbouring ranks the same head.
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.first_head = rank * total_kv_heads // world
+
+    def read(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """alpha [T, H] of the residual stream [T, hidden]."""
+        alpha, _ = self.proj(self.norm(hidden_states))
+        if self.per_layer:
+            return alpha[:, :1].expand(-1, self.num_kv_heads).contiguous()
+        return alpha[:, self.first_head : self.first_head + self.num_kv_heads].contiguous()
+
+
+def check_dms_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], config: DMSConfig | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass weights on; drop the adapter's when serving densely; refuse what the config denies."""
+    for name, weight in weights:
+        if name.rsplit("self_attn.", 1)[-1].startswith(DMS_WEIGHT_PREFIX):
+            if config is None:
+                continue
+            if not config.adapter:
+                raise ValueError(
+                    f"the checkpoint has the adapter weight {name}, but its config says that the "
+                    "decision is borrowed from a query channel (dms_separate_alpha is false). Set "
+                    '"dms_separate_alpha": true in config.json or remove the weight.'
+                )
+        yield name, weight
+
+
+def require_dms_weights(model: nn.Module, loaded: set[str], config: DMSConfig | None) -> None:
+    """Refuse a checkpoint that lacks adapter weights: an adapter left random evicts at random."""
+    if config is None or not config.adapter:
+        return
+    names = [n for n, _ in model.named_parameters() if f"self_attn.{DMS_WEIGHT_PREFIX}" in n]
+    missing = sorted(set(names) - loaded)
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of {len(names)} DMS adapter weights, first "
+            f"{missing[0]}; its config says dms_separate_alpha: true. Use a complete checkpoint "
+            "(NVIDIA Model-Optimizer format), or set dms_separate_alpha to false if the decision "
+            "is in a query channel."
+        )

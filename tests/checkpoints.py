@@ -1,6 +1,5 @@
 """Random DMS checkpoints that are small, loadable by vLLM, and hard to get right by accident.
 
-What makes them useful:
 - attention logits have a spread of about 2, values are strong and the head is untied: who is
   visible decides what comes next;
 - hidden channel 0 holds the same constant for every token and no layer writes to it: a bias for
@@ -188,9 +187,9 @@ def _random_weights(config: dict, dialect: str, dtype: torch.dtype, generator) -
 class _Probe(ReferenceModel):
     """Keeps what each layer's decision is computed from."""
 
-    def alpha(self, layer, x, q):
+    def alpha(self, dms, layer, x, q):
         self.inputs[layer] = x
-        return super().alpha(layer, x, q)
+        return super().alpha(dms, layer, x, q)
 
 
 def _calibrate(config, weights, dms, rates, min_margin, dtype, generator) -> None:

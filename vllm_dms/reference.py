@@ -158,15 +158,15 @@ class ReferenceModel:
         """(T, heads * D) -> (heads, T, D)"""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
 
-    def alpha(self, layer: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    def alpha(self, dms: DMSConfig, layer: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """x (T, hidden): the layer's input before its norm; q (Hq, T, D): after q_norm, before
         RoPE -> (H, T)"""
-        if self.dms.adapter:
+        if dms.adapter:
             normed = self.norm(x, f"{layer}.self_attn.dms_proj_alpha_norm")
             alpha = self.linear(normed, f"{layer}.self_attn.dms_proj_alpha").T
         else:
             alpha = q[:: self.group, :, -1]
-        return alpha[:1].expand_as(alpha) if self.dms.alpha_per == "layer" else alpha
+        return alpha[:1].expand_as(alpha) if dms.alpha_per == "layer" else alpha
 
     def attend(self, layer: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         """x (T, hidden) -> attention block's output (T, hidden), e (H, T), its logits (H, T)"""
@@ -179,7 +179,7 @@ class ReferenceModel:
         logits = torch.zeros(self.num_kv_heads, len(x), device=self.device)
         e = torch.zeros_like(logits, dtype=torch.bool)
         if dms is not None:
-            alpha = self.alpha(layer, x, q)
+            alpha = self.alpha(dms, layer, x, q)
             logits = alpha.float() * dms.alpha_scale - dms.alpha_offset
             if dms.evict:
                 e = evicted(decide(alpha, dms.alpha_scale, dms.alpha_offset), dms.shift)

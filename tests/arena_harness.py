@@ -1,0 +1,116 @@
+"""Drives the operations on a small arena without vLLM, and says what exact DMS attention gives."""
+
+import torch
+
+from vllm_dms import reference
+from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
+from vllm_dms.config import DMSConfig
+
+
+def make_config(window: int, shift: int = 1, evict: bool = True) -> DMSConfig:
+    """A threshold at 0: negative alphas keep, positive ones evict."""
+    return DMSConfig(
+        dialect="nvidia-borrowed",
+        window=window,
+        alpha_scale=1.0,
+        alpha_offset=0.0,
+        shift=shift,
+        evict=evict,
+    )
+
+
+class Sequence:
+    """One request's random inputs at one layer, and how far it was fed."""
+
+    def __init__(self, length, layout, group, rate, seed, dtype=torch.float32, device="cpu"):
+        g = torch.Generator().manual_seed(seed)
+        heads, dim = layout.num_kv_heads, layout.head_dim
+
+        def randn(*shape):
+            return torch.randn(shape, generator=g).to(device, dtype)
+
+        self.query = randn(length, heads * group, dim)
+        self.key, self.value = randn(length, heads, dim), randn(length, heads, dim)
+        keep = torch.rand(length, heads, generator=g) >= torch.as_tensor(rate)
+        self.alpha = torch.where(keep, -1.0, 1.0).to(device, dtype)
+        self.stored = 0
+        self.outputs = []
+
+    def __len__(self):
+        return len(self.query)
+
+    def expected(self, config, scale):
+        """Exact attention of the whole sequence in one go."""
+        decisions = reference.decide(self.alpha, config.alpha_scale, config.alpha_offset)
+        evict = reference.evicted((decisions & config.evict).T, config.shift)
+        mask = reference.visible(evict, config.window)
+        return reference.attention(
+            self.query.transpose(0, 1), self.key.transpose(0, 1), self.value.transpose(0, 1),
+            mask, scale,
+        ).transpose(0, 1)
+
+
+class Harness:
+    """An arena with its pages poisoned, blocks handed out at random, and a feed of batches."""
+
+    def __init__(
+        self, ops, config, layout: ArenaLayout, num_seqs=4, max_tokens=512, device="cpu", poison=True
+    ):
+        self.ops, self.config, self.layout, self.device = ops, config, layout, device
+        num_blocks = 1 + num_seqs * layout.max_blocks_per_request
+        storage = torch.full((num_blocks * layout.block_bytes,), 0, dtype=torch.uint8, device=device)
+        self.state = allocate_state(storage, layout, num_blocks, num_seqs)
+        if poison:
+            storage.fill_(0xFF)  # NaN in every float format
+            storage[: layout.block_bytes] = 0  # vLLM's null block is never given to a request
+            self.state.live.fill_(12345)
+            self.state.live[0] = 0
+        self.scratch = allocate_scratch(layout, max_tokens, device)
+        free = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
+        self.rows = free.view(num_seqs, -1).int().to(device)
+        self.scale = layout.head_dim**-0.5
+
+    def start(self, index: int) -> None:
+        """Give request ``index`` (0-based) its state and all blocks it could need."""
+        self.state.block_rows[index + 1] = self.rows[index]
+        self.state.state_of_block[self.rows[index, 0].long()] = index + 1
+        self.state.pages_used[index + 1] = 0
+
+    def step(self, work, layer=0, padding=0):
+        """One step: ``work`` is a list of (request index, sequence, number of tokens)."""
+        parts, tables, lens = [], [], []
+        for index, seq, count in work:
+            parts.append(slice(seq.stored, seq.stored + count))
+            tables.append(int(self.rows[index, 0]))
+            lens.append(seq.stored + count)
+        counts = [count for _, _, count in work]
+        tables, lens = tables + [0] * padding, lens + [0] * padding
+        starts = torch.tensor([0, *counts, *[0] * padding]).cumsum(0)
+        gather = lambda name: torch.cat(  # noqa: E731
+            [getattr(s, name)[part] for (_, s, _), part in zip(work, parts, strict=True)]
+        )
+        query, key, value, alpha = (gather(n) for n in ("query", "key", "value", "alpha"))
+        int32 = {"dtype": torch.int32, "device": self.device}
+        batch = Batch(
+            num_reqs=len(lens),
+            num_tokens=len(query),
+            max_query_len=max(counts),
+            block_table=torch.tensor(tables, **int32).unsqueeze(1),
+            query_start=starts.to(**int32),
+            seq_lens=torch.tensor(lens, **int32),
+            scratch=self.scratch,
+        )
+        self.scratch.evict.fill_(0xFF)
+        self.scratch.num_survivors.fill_(-(2**30))
+        output = torch.full_like(query, float("nan"))
+        self.ops.store(self.state, batch, self.config, layer, key, value, alpha)
+        if batch.max_query_len > 1:
+            self.ops.prefill(self.state, batch, layer, query, key, value, output, self.scale)
+            self.ops.store_window(self.state, batch, layer, key, value)
+        self.ops.decode(self.state, batch, layer, query, output, self.scale)
+        offset = 0
+        for _, seq, count in work:
+            seq.outputs.append(output[offset : offset + count])
+            seq.stored += count
+            offset += count

@@ -1,0 +1,98 @@
+"""The plain operations on the arena equal exact DMS attention, however the tokens arrive."""
+
+import pytest
+import torch
+from arena_harness import Harness, Sequence, make_config
+
+from vllm_dms import reference
+from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.backend.ops import REPORT_HORIZON, report
+from vllm_dms.backend.torch_ops import TorchOps, quantize
+
+
+def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=2):
+    return ArenaLayout(
+        num_layers=layers,
+        num_kv_heads=heads,
+        head_dim=16,
+        window=window,
+        page_size=page_size,
+        block_size=16,
+        storage_dtype=dtype,
+        max_model_len=256,
+    )
+
+
+def feed(harness, sequences, chunks):
+    """Feed all sequences together, each in turn by the chunk lengths, then token by token."""
+    for index in range(len(sequences)):
+        harness.start(index)
+    step = 0
+    while any(s.stored < len(s) for s in sequences):
+        work = []
+        for index, seq in enumerate(sequences):
+            count = min(chunks[(step + index) % len(chunks)], len(seq) - seq.stored)
+            if count:
+                work.append((index, seq, count))
+        harness.step(work, padding=step % 3)
+        step += 1
+
+
+@pytest.mark.parametrize("chunks", [(256,), (1,), (7, 1, 1), (32, 5, 1, 17), (9, 64)], ids=str)
+@pytest.mark.parametrize("window", [1, 3, 8, 16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_attention_is_exact_for_any_chunking(window, shift, chunks):
+    layout, config = make_layout(window), make_config(window, shift)
+    harness = Harness(TorchOps(), config, layout, num_seqs=3)
+    lengths = (1, 90, 133)
+    seqs = [Sequence(n, layout, 2, [0.9, 0.5], seed=n) for n in lengths]
+    feed(harness, seqs, chunks)
+    for index, seq in enumerate(seqs):
+        torch.testing.assert_close(torch.cat(seq.outputs), seq.expected(config, harness.scale))
+        evict = reference.evicted(reference.decide(seq.alpha, 1.0, 0.0).T, shift)
+        live = reference.live_counts(evict, window)
+        assert harness.state.live[index + 1, 0].tolist() == live.tolist()
+        pages = (live + layout.page_size - 1) // layout.page_size
+        assert int(harness.state.pages_used[index + 1]) == int(pages.sum())
+    assert not harness.state.live[0].any() and not harness.state.page_table[0].any()
+
+
+def test_without_eviction_every_token_stays():
+    layout, config = make_layout(8), make_config(8, evict=False)
+    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    seq = Sequence(100, layout, 2, 0.9, seed=0)
+    feed(harness, [seq], (33, 1))
+    assert harness.state.live[1, 0].tolist() == [100, 100]
+    torch.testing.assert_close(torch.cat(seq.outputs), seq.expected(config, harness.scale))
+
+
+def test_fp8_stays_close_and_moves_without_a_second_rounding():
+    layout, config = make_layout(8, dtype=FP8_DTYPE), make_config(8)
+    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    seq = Sequence(120, layout, 2, 0.5, seed=0)
+    # As stored: each value rounded once, at its own scale.
+    for name in ("key", "value"):
+        raw, scale = quantize(getattr(seq, name))
+        setattr(seq, name, raw.float() * scale.float().unsqueeze(-1))
+    feed(harness, [seq], (20, 1))
+    error = torch.cat(seq.outputs) - seq.expected(config, harness.scale)
+    assert error.abs().max() < 1e-3
+
+
+def test_the_report_bounds_what_the_next_tokens_take():
+    layout, config = make_layout(4, layers=1), make_config(4)
+    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    seq = Sequence(200, layout, 2, [0.9, 0.0], seed=3)
+    harness.start(0)
+    out = torch.zeros(harness.state.pages_used.shape[0], REPORT_HORIZON + 2, dtype=torch.int32)
+    reports = []
+    while seq.stored < len(seq):
+        harness.step([(0, seq, 1)])
+        report(harness.state, out)
+        reports.append(out[1].clone())
+    for step, row in enumerate(reports):
+        for k in range(1, REPORT_HORIZON + 1):
+            if step + k < len(reports):
+                assert reports[step + k][0] - row[0] <= row[k]
+    # Head 1 keeps everything: the bound is reached.
+    assert any(reports[i + 1][0] - reports[i][0] == reports[i][1] > 0 for i in range(150))

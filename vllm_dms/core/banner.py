@@ -1,0 +1,48 @@
+"""What an engine says at start-up about the cache it is going to serve from."""
+
+from vllm_dms.backend.state import allocate_side_state
+from vllm_dms.config import DMSConfig
+from vllm_dms.core.spec import DMSCacheSpec
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def expected_live_tokens(config: DMSConfig, num_tokens: int) -> float:
+    """Live tokens per row if the checkpoint keeps one token in ``nominal_ratio`` past the window."""
+    if not config.evict or config.nominal_ratio is None:
+        return float(num_tokens)
+    window = min(num_tokens, config.window + 1)
+    return window + (num_tokens - window) / config.nominal_ratio
+
+
+def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len: int) -> str:
+    """A few lines; ``num_blocks`` is the pool without vLLM's null block."""
+    layout = spec.layout
+    side_bytes = allocate_side_state(layout, spec.max_num_seqs, "meta").num_bytes()
+    dense = num_blocks / spec.dense_blocks(max_model_len)
+    live = expected_live_tokens(config, max_model_len)
+    # Half a page is unused at the end of a row, on average.
+    row_pages = (live + layout.page_size / 2) / layout.page_size
+    nominal = num_blocks * layout.pages_per_block / (layout.num_rows * row_pages)
+    shift = "its successor" if config.shift else "the token itself"
+    if not config.evict:
+        fit = "eviction is off"
+    elif config.nominal_ratio is None:
+        fit = "the checkpoint states no compression ratio"
+    else:
+        fit = f"about {nominal:.1f} at the checkpoint's nominal {config.nominal_ratio:g}x"
+    return "\n".join(
+        (
+            f"DMS cache: {config.dialect} checkpoint, window {config.window}, each token's fate "
+            f"decided by {shift}, one decision per {config.alpha_per}",
+            f"  storage {str(layout.storage_dtype).removeprefix('torch.')}; pages of "
+            f"{layout.page_size} slots, {layout.page_bytes} bytes; blocks of "
+            f"{layout.pages_per_block} pages, {layout.block_bytes} bytes on each rank",
+            f"  pool {num_blocks} blocks, {num_blocks * layout.block_bytes / GIB:.2f} GiB; side "
+            f"state {side_bytes / MIB:.1f} MiB ({side_bytes / (num_blocks * layout.block_bytes):.2%}"
+            f" of the pool) for {spec.max_num_seqs} requests",
+            f"  requests of {max_model_len} tokens that fit at once: {dense:.1f} if nothing is "
+            f"evicted; {fit}",
+        )
+    )

@@ -1,0 +1,68 @@
+"""The worker's end of the channel: block rows onto the device, page counts off it.
+
+Both only enqueue work on the current stream, so they keep their place between two steps.
+"""
+
+import numpy as np
+import torch
+
+from vllm_dms.backend.ops import REPORT_HORIZON, report
+from vllm_dms.backend.state import ArenaState
+from vllm_dms.core.messages import DMSReport, DMSStepMeta
+
+# More than the steps that can be in flight, so that a buffer's copy is long done when it is reused.
+NUM_BUFFERS = 8
+
+
+def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
+    """Bring the block rows up to date; must precede the step's forward pass on the stream."""
+    num_rows, num_starts = len(meta.row_updates), len(meta.starts)
+    if num_rows == 0 and num_starts == 0:
+        return
+    packed = torch.from_numpy(np.concatenate((meta.row_updates.T.ravel(), meta.starts.T.ravel())))
+    device = state.block_rows.device
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    states, positions, blocks = packed[: 3 * num_rows].view(3, num_rows).unbind()
+    state.block_rows.index_put_((states, positions), blocks)
+    if num_starts:
+        states, blocks = packed[3 * num_rows :].view(2, num_starts).unbind()
+        state.state_of_block.index_put_((blocks,), states)
+        state.pages_used.index_fill_(0, states.long(), 0)
+
+
+class Reporter:
+    """Makes a step's `DMSReport` without waiting for the step."""
+
+    def __init__(self, state: ArenaState) -> None:
+        device = state.live.device
+        shape = (state.num_states, REPORT_HORIZON + 2)
+        self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._reports: list[DMSReport | None] = [None] * NUM_BUFFERS
+        self._hosts: list[torch.Tensor] = []
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            # A waiting thread sleeps instead of spinning on the driver's lock.
+            self._events = [torch.cuda.Event(blocking=True) for _ in range(NUM_BUFFERS)]
+            self._hosts = [
+                torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)
+            ]
+        self._next = 0
+
+    def report(self, state: ArenaState, meta: DMSStepMeta) -> DMSReport:
+        """Must follow the step's forward pass on the stream."""
+        report(state, self._on_device)
+        if not self._events:
+            result = DMSReport(meta.step_id, meta.states, self._on_device)
+            result.rows  # noqa: B018 the tensor is overwritten in the next step
+            return result
+        slot = self._next
+        self._next = (slot + 1) % NUM_BUFFERS
+        previous = self._reports[slot]
+        if previous is not None:
+            previous.rows  # noqa: B018 read it before its buffer is overwritten
+        host, event = self._hosts[slot], self._events[slot]
+        host.copy_(self._on_device, non_blocking=True)
+        event.record()
+        self._reports[slot] = result = DMSReport(meta.step_id, meta.states, host, event)
+        return result

@@ -1,0 +1,126 @@
+"""The channel between scheduler and worker, in the shape of a KV connector.
+
+vLLM has no other official one. Nothing is transferred between engines: the scheduler's half sends
+block rows down (`messages.DMSStepMeta`) and takes page counts in (`messages.DMSReport`); the
+worker's half puts the first on the device and reads the second from it.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.forward_context import ForwardContext
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from vllm_dms.backend.runtime import Runtime, get_runtime
+from vllm_dms.backend.updates import Reporter, apply_updates
+from vllm_dms.config import DMSConfig
+from vllm_dms.core.manager import DMSManager
+from vllm_dms.core.messages import DMSReport, DMSStepMeta
+from vllm_dms.core.stats import Stats
+
+
+class DMSConnector(KVConnectorBase_V1, SupportsHMA):
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+        # The scheduler's half.
+        self._manager: DMSManager
+        self.stats: Stats
+        # The worker's half.
+        self._runtime: Runtime
+        self._reporter: Reporter
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # nobody waits for this engine's blocks
+
+    # The scheduler's half.
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        managers = kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], DMSManager):
+            raise ValueError(
+                f"the KV cache has managers {[type(m).__name__ for m in managers]}, but DMS needs "
+                "all attention layers in one DMS cache. Serve this model with "
+                "--kv-cache-dtype auto."
+            )
+        self._manager = managers[0]
+        self.stats = Stats(self._manager, self._config.evict, self._config.log_interval)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> DMSStepMeta:
+        # So that `start_load_kv` runs before the forward pass, not after it.
+        scheduler_output.has_sync_kv_loads = True
+        self.stats.preemptions += len(scheduler_output.preempted_req_ids or ())
+        return self._manager.close_step(scheduler_output.num_scheduled_tokens)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if connector_output.invalid_block_ids:
+            self._manager.forget_failed(connector_output.invalid_block_ids)
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, DMSReport):
+            self.stats.add(self._manager.merge(report.step_id, report.rows))
+
+    def has_pending_block_frees(self) -> bool:
+        return self._manager.should_wait()
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, {"dms": self.stats.of_request(request.request_id)}
+
+    # The worker's half.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._runtime = get_runtime(self._vllm_config)
+        self._runtime.bind(next(iter(kv_caches.values())))
+        self._reporter = Reporter(self._runtime.state)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        apply_updates(self._runtime.state, self._meta())
+
+    def build_connector_worker_meta(self) -> DMSReport | None:
+        meta = self._meta()
+        return self._reporter.report(self._runtime.state, meta) if len(meta.states) else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """How the scheduler is made to end a request that can't go on: with the load failure
+        policy "fail", a failed block ends the request that owns it with an error."""
+        return set(self._meta().fail_blocks)
+
+    def _meta(self) -> DMSStepMeta:
+        meta: KVConnectorMetadata = self._get_connector_metadata()
+        assert isinstance(meta, DMSStepMeta)
+        return meta
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass

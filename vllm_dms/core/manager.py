@@ -1,0 +1,278 @@
+"""The KV cache manager: vLLM's block pool on one side, reservation caps on the other."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import (
+    SingleTypeKVCacheManager,
+    register_all_kvcache_specs,
+)
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_dms.core.admission import LiveFraction, estimate_blocks
+from vllm_dms.core.ledger import Growth, Ledger, Step
+from vllm_dms.core.messages import DMSStepMeta
+from vllm_dms.core.spec import DMSCacheSpec
+
+logger = init_logger(__name__)
+
+
+class DMSManager(SingleTypeKVCacheManager):
+    """Holds, for each request, blocks for its reservation cap (see `ledger`); returns the rest.
+
+    Order of calls in a step: `new_step_starts`, allocations and frees as the scheduler decides,
+    `close_step` (from the connector), and, once the step ran, `merge`.
+    """
+
+    def __init__(self, kv_cache_spec: DMSCacheSpec, block_pool: BlockPool, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        if self.enable_caching:
+            raise ValueError(
+                "enable_prefix_caching is on, but DMS blocks hold what one request kept and can't "
+                "be shared. Start with --no-enable-prefix-caching."
+            )
+        self.spec = kv_cache_spec
+        self.ledger = Ledger(kv_cache_spec.layout, kv_cache_spec.max_num_seqs)
+        self.live_fraction = LiveFraction(kv_cache_spec.layout.num_rows)
+        self.states: dict[str, int] = {}  # request id -> state index
+        self.in_flight: deque[Step] = deque()
+        self.returned_blocks = 0
+        self._next_step = 0
+        # For the next step's message to the worker.
+        self._row_updates: list[tuple[int, int, int]] = []
+        self._starts: dict[int, int] = {}
+        self._fail: list[int] = []
+        # The last running request that found too few free blocks: (request id, needed, missing).
+        self._shortage: tuple[str, int, int] = ("", 0, 0)
+        self._admit = True
+        # Request id -> last step in flight when it first had to wait for reports.
+        self._waits: dict[str, int] = {}
+        # Requests to end with an error, and their first blocks once they are gone: such a block
+        # names the request to the scheduler, so nobody may own it until the scheduler was told.
+        self._condemned: set[str] = set()
+        self._quarantine: dict[int, KVCacheBlock] = {}
+
+    # The scheduler's calls.
+
+    def new_step_starts(self) -> None:
+        self._admit = True
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        state = self.states.get(request_id)
+        if state is not None and not apply_admission_cap:
+            ledger = self.ledger
+            if num_tokens <= ledger.read_safe_end[state]:
+                return 0
+            needed = ledger.required_one(state, num_tokens)
+            missing = needed - len(self.req_to_blocks[request_id])
+            if missing > self.block_pool.get_num_free_blocks():
+                self._shortage = (request_id, needed, missing)
+            return missing
+        held = 0 if state is None else len(self.req_to_blocks[request_id])
+        if state is None and not (self._admit and self.ledger.num_free):
+            return self.block_pool.num_gpu_blocks  # more than there can be: not now
+        if apply_admission_cap:
+            estimate = estimate_blocks(self.spec, num_tokens, self.live_fraction.value)
+            # What turns out not to fit is found out while it runs.
+            return max(min(estimate, self.num_usable_blocks) - held, 0)
+        return self.spec.dense_blocks(num_tokens)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """The blocks of a new or resumed request; [] for a running one, because vLLM's tables on
+        the worker can't shrink. Its blocks travel in the connector's message instead."""
+        ledger = self.ledger
+        state = self.states.get(request_id)
+        first = state is None
+        if state is None:
+            state = self.states[request_id] = ledger.start()
+        ledger.scheduled_end[state] = num_tokens
+        if num_tokens <= ledger.read_safe_end[state]:
+            return []
+        blocks = self.req_to_blocks[request_id]
+        held = len(blocks)
+        needed = ledger.required_one(state, num_tokens)
+        new = self.block_pool.get_new_blocks(max(needed - held, 0))
+        blocks.extend(new)
+        ledger.grow(state, len(blocks), num_tokens)
+        updates = self._row_updates
+        updates.extend((state, held + i, block.block_id) for i, block in enumerate(new))
+        self._waits.pop(request_id, None)
+        if not first:
+            return []
+        self._starts[state] = new[0].block_id
+        return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        state = self.states.pop(request_id, None)
+        if state is None:
+            return blocks
+        self.ledger.release(state)
+        self._waits.pop(request_id, None)
+        # If it is preempted in the step that gave it blocks, the worker must not hear of them.
+        self._starts.pop(state, None)
+        if self._row_updates:
+            self._row_updates = [u for u in self._row_updates if u[0] != state]
+        if request_id in self._condemned:
+            self._condemned.discard(request_id)
+            first = blocks.pop(0)
+            self._quarantine[first.block_id] = first
+        return blocks
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Nothing to do: `merge` returns surplus as soon as it is known."""
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: there is no prefix caching."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kw: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    # The connector's calls.
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self.block_pool.num_gpu_blocks - 1  # without the null block
+
+    def close_step(self, request_ids: Iterable[str]) -> DMSStepMeta:
+        """The message to the worker for the step that was just scheduled."""
+        self._next_step += 1
+        step = self.ledger.make_step(self._next_step, [self.states[r] for r in request_ids])
+        if len(step.states):
+            self.in_flight.append(step)
+        meta = DMSStepMeta(
+            step_id=step.step_id,
+            states=step.states.astype(np.int32),
+            row_updates=np.array(self._row_updates, dtype=np.int32).reshape(-1, 3),
+            starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
+            fail_blocks=frozenset(self._fail),
+        )
+        self._row_updates, self._starts, self._fail = [], {}, []
+        return meta
+
+    def merge(self, step_id: int, report: np.ndarray) -> Growth:
+        """Take in the report of a step and return the blocks that nobody needs any more."""
+        step = self.in_flight.popleft()
+        if step.step_id != step_id:
+            raise RuntimeError(f"report of step {step_id} while step {step.step_id} is due")
+        ledger = self.ledger
+        states, growth = ledger.merge(step, report)
+        self.live_fraction.add(growth)
+        surplus = ledger.surplus(states)
+        ledger.shrink(states, surplus)
+        if surplus.any():
+            self._return_surplus(states, surplus)
+        return growth
+
+    def _return_surplus(self, states: np.ndarray, surplus: np.ndarray) -> None:
+        owner = {state: request_id for request_id, state in self.states.items()}
+        for i in np.flatnonzero(surplus):
+            blocks = self.req_to_blocks[owner[int(states[i])]]
+            tail = blocks[-int(surplus[i]) :]
+            del blocks[-len(tail) :]
+            self.block_pool.free_blocks(reversed(tail))
+            self.returned_blocks += len(tail)
+
+    # Requests that do not fit.
+
+    def should_wait(self) -> bool:
+        """After a running request found too few blocks: leave it be, instead of preempting?
+
+        Yes if it can never fit: it was condemned and ends with an error as soon as the worker
+        repeats its first block to the scheduler. Yes, once, if reports in flight can bring back
+        what is missing. While anyone waits, nobody is admitted.
+        """
+        request_id, needed, missing = self._shortage
+        state = self.states[request_id]
+        ledger = self.ledger
+        reports_due = ledger.scheduled_end[state] > ledger.reported_end[state]
+        if needed > self.num_usable_blocks:
+            if not reports_due and request_id not in self._condemned:
+                self._condemn(request_id, needed)
+            self._admit = False
+            return True
+        if not self.in_flight or ledger.recoverable() < missing:
+            return False
+        deadline = self._waits.setdefault(request_id, self.in_flight[-1].step_id)
+        if self.in_flight[0].step_id > deadline:
+            return False
+        self._admit = False
+        return True
+
+    def _condemn(self, request_id: str, needed: int) -> None:
+        self._condemned.add(request_id)
+        self._fail.append(self.req_to_blocks[request_id][0].block_id)
+        state = self.states[request_id]
+        tokens = int(self.ledger.reported_end[state])
+        kept = self.ledger.live[state] / (self.ledger.num_rows * max(tokens, 1))
+        logger.error(
+            "Request %s ends with an error: it keeps %.0f %% of its %d tokens and needs %d KV "
+            "blocks to go on, but there are only %d. reserve_compression %g let --max-model-len "
+            "count on more compression than this request has. Lower reserve_compression in "
+            "--additional-config or --max-model-len, or raise --gpu-memory-utilization.",
+            request_id,
+            100 * kept,
+            tokens,
+            needed,
+            self.num_usable_blocks,
+            self.spec.reserve_compression,
+        )
+
+    def forget_failed(self, block_ids: Iterable[int]) -> None:
+        """The scheduler has acted on these failed blocks: they may be used again."""
+        for block_id in block_ids:
+            block = self._quarantine.pop(block_id, None)
+            if block is not None:
+                self.block_pool.free_blocks([block])
+
+
+def register_cache_spec() -> None:
+    """Make `DMSManager` the manager of `DMSCacheSpec`. Idempotent."""
+    # vLLM registers its own specs only if the table is still empty when it first looks.
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(DMSCacheSpec, DMSManager)
+
+
+def check_integrity(manager: DMSManager) -> None:
+    """Every block of the pool is free or owned exactly once; the ledger agrees with the lists."""
+    pool, ledger = manager.block_pool, manager.ledger
+    held = [b for blocks in manager.req_to_blocks.values() for b in blocks]
+    held += manager._quarantine.values()
+    ids = [b.block_id for b in held]
+    assert len(set(ids)) == len(ids), "a block is owned twice"
+    assert pool.null_block.block_id not in ids, "the null block is owned"
+    assert all(b.ref_cnt == 1 for b in held), "a held block was freed"
+    total = pool.get_num_free_blocks() + len(ids) + 1
+    assert total == pool.num_gpu_blocks, f"{total} blocks of {pool.num_gpu_blocks} accounted for"
+    assert set(manager.states) == {r for r, b in manager.req_to_blocks.items() if b}
+    states = list(manager.states.values())
+    assert len(set(states)) == len(states), "a state index is owned twice"
+    assert sorted(np.flatnonzero(ledger.owned)) == sorted(states)
+    assert ledger.num_free + len(states) == manager.spec.max_num_seqs
+    for request_id, state in manager.states.items():
+        num_blocks = len(manager.req_to_blocks[request_id])
+        assert num_blocks == ledger.held[state] >= 1
+        assert ledger.pages[state] <= num_blocks * ledger.pages_per_block
+        assert num_blocks >= ledger.required_one(state, int(ledger.scheduled_end[state]))

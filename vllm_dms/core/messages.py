@@ -1,0 +1,67 @@
+"""What scheduler and worker tell each other, once per step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(frozen=True)
+class DMSStepMeta(KVConnectorMetadata):
+    """Scheduler -> worker, before the step runs. Arrays are int32."""
+
+    step_id: int
+    states: np.ndarray  # [n] state indices of the requests in the step
+    row_updates: np.ndarray  # [u, 3] state index, position in its row of blocks, block id
+    starts: np.ndarray  # [s, 2] new and resumed requests: state index, first block
+    fail_blocks: frozenset[int]  # first blocks of requests to end with an error
+
+
+class DMSReport(KVConnectorWorkerMetadata):
+    """Worker -> scheduler, after the step: one row of `ops.report` per request in the step.
+
+    Made while the step still runs on the device; the rows are read when they are first asked
+    for, or when the report is pickled to leave the worker's process.
+    """
+
+    def __init__(
+        self,
+        step_id: int,
+        states: np.ndarray,
+        host: torch.Tensor,
+        copied: "torch.cuda.Event | None" = None,
+    ) -> None:
+        """``host`` int32 [num_states, *]: complete once ``copied`` has happened."""
+        self.step_id = step_id
+        self._states = states
+        self._host = host
+        self._copied = copied
+        self._rows: np.ndarray | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int32 [n, REPORT_HORIZON + 2], in the order of the step's states."""
+        if self._rows is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._rows = self._host.numpy()[self._states]
+        return self._rows
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "DMSReport":
+        """Ranks hold different heads but the same blocks: the worst of them counts."""
+        assert isinstance(other, DMSReport) and other.step_id == self.step_id
+        return DMSReport._of_rows(self.step_id, np.maximum(self.rows, other.rows))
+
+    @classmethod
+    def _of_rows(cls, step_id: int, rows: np.ndarray) -> "DMSReport":
+        report = cls.__new__(cls)
+        report.step_id, report._rows = step_id, rows
+        return report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DMSReport._of_rows, (self.step_id, self.rows)

@@ -1,5 +1,8 @@
 """One worker's DMS cache: layout, device state, scratch and operations, shared by all its layers."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -13,6 +16,7 @@ from vllm_dms.backend.state import (
     bind_state,
 )
 from vllm_dms.backend.torch_ops import TorchOps
+from vllm_dms.backend.updates import Reporter
 from vllm_dms.config import DMSConfig
 
 logger = init_logger(__name__)
@@ -54,6 +58,7 @@ class Runtime:
         self.side = allocate_side_state(self.layout, scheduler.max_num_seqs, device)
         self.scratch = allocate_scratch(self.layout, scheduler.max_num_batched_tokens, device)
         self.ops = self._make_ops(vllm_config, device)
+        self.reporter: Reporter
         self._state: ArenaState | None = None
         self._storage_ptr = 0
 
@@ -84,13 +89,25 @@ class Runtime:
             return
         flat = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
         self._state = bind_state(flat, self.layout, self.side)
+        self.reporter = Reporter(self._state)
         self._storage_ptr = storage.data_ptr()
+
+
+def find_layer(layers: Mapping[str, Any]) -> Any:
+    """The first DMS attention layer among vLLM's layers by name; it knows the runtime of all."""
+    for layer in layers.values():
+        if hasattr(layer, "dms_runtime"):
+            return layer
+    raise RuntimeError("this model has no DMS attention layer")
 
 
 def get_runtime(vllm_config: VllmConfig) -> Runtime:
     """The runtime of the model that was built under ``vllm_config`` in this process."""
-    for layer in vllm_config.compilation_config.static_forward_context.values():
-        runtime = getattr(layer, "dms_runtime", None)
-        if runtime is not None:
-            return runtime
-    raise RuntimeError("no DMS attention layer was built under this configuration")
+    return find_layer(vllm_config.compilation_config.static_forward_context).dms_runtime
+
+
+def bound_runtime(layers: Mapping[str, Any]) -> Runtime:
+    """The runtime of a forward context's ``no_compile_layers``, with the arena bound."""
+    layer = find_layer(layers)
+    layer.dms_runtime.bind(layer.kv_cache)
+    return layer.dms_runtime

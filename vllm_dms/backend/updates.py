@@ -35,6 +35,7 @@ class Reporter:
     """Makes a step's `DMSReport` without waiting for the step."""
 
     def __init__(self, state: ArenaState) -> None:
+        self._state = state
         device = state.live.device
         shape = (state.num_states, REPORT_HORIZON + 2)
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -49,9 +50,9 @@ class Reporter:
             ]
         self._next = 0
 
-    def report(self, state: ArenaState, meta: DMSStepMeta) -> DMSReport:
+    def report(self, meta: DMSStepMeta) -> DMSReport:
         """Must follow the step's forward pass on the stream."""
-        report(state, self._on_device)
+        report(self._state, self._on_device)
         if not self._events:
             result = DMSReport(meta.step_id, meta.states, self._on_device)
             result.rows  # noqa: B018 the tensor is overwritten in the next step

@@ -16,18 +16,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.forward_context import ForwardContext
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from vllm_dms.backend.runtime import Runtime, get_runtime
-from vllm_dms.backend.updates import Reporter, apply_updates
+from vllm_dms.backend.runtime import Runtime, bound_runtime
+from vllm_dms.backend.updates import apply_updates
 from vllm_dms.config import DMSConfig
+from vllm_dms.core.banner import banner
 from vllm_dms.core.manager import DMSManager
 from vllm_dms.core.messages import DMSReport, DMSStepMeta
 from vllm_dms.core.stats import Stats
+
+logger = init_logger(__name__)
 
 
 class DMSConnector(KVConnectorBase_V1, SupportsHMA):
@@ -41,7 +45,6 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         self.stats: Stats
         # The worker's half.
         self._runtime: Runtime
-        self._reporter: Reporter
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -60,6 +63,9 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._manager = managers[0]
         self.stats = Stats(self._manager, self._config.evict, self._config.log_interval)
+        model_len = self._vllm_config.model_config.max_model_len
+        blocks = self._manager.num_usable_blocks
+        logger.info("%s", banner(self._manager.spec, self._config, blocks, model_len))
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -95,16 +101,16 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     # The worker's half.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._runtime = get_runtime(self._vllm_config)
-        self._runtime.bind(next(iter(kv_caches.values())))
-        self._reporter = Reporter(self._runtime.state)
+        """Nothing to do: `start_load_kv` finds the cache of the model that is about to run."""
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        # Not kept from the start: engines that share a process share its worker connector.
+        self._runtime = bound_runtime(forward_context.no_compile_layers)
         apply_updates(self._runtime.state, self._meta())
 
     def build_connector_worker_meta(self) -> DMSReport | None:
         meta = self._meta()
-        return self._reporter.report(self._runtime.state, meta) if len(meta.states) else None
+        return self._runtime.reporter.report(meta) if len(meta.states) else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """How the scheduler is made to end a request that can't go on: with the load failure

@@ -1,0 +1,222 @@
+"""vLLM's own schedulers over `DMSManager`, with a worker that only counts.
+
+The worker keeps what the device would keep: per request and (layer, head) row the live slots, and
+pages handed out lowest first from the blocks that it was told of. It never asks the scheduler.
+"""
+
+from collections import deque
+
+import numpy as np
+import torch
+from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_dms import plugin
+from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.config import DMSConfig
+from vllm_dms.core.manager import check_integrity
+from vllm_dms.core.messages import DMSReport
+from vllm_dms.core.spec import DMSCacheSpec, make_spec
+
+MAX_MODEL_LEN = 256
+LAYERS, HEADS = 2, 2
+
+
+def make_layout(**overrides) -> ArenaLayout:
+    values = {
+        "num_layers": LAYERS,
+        "num_kv_heads": HEADS,
+        "head_dim": 16,
+        "window": 15,
+        "page_size": 8,
+        "block_size": 16,
+        "storage_dtype": torch.float32,
+        "max_model_len": MAX_MODEL_LEN,
+    }
+    return ArenaLayout(**{**values, **overrides})
+
+
+def make_vllm_config(model_dir, chunk=48, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, **dms):
+    plugin.register()
+    config = DMSConfig(
+        dialect="nvidia-borrowed", window=15, alpha_scale=1.0, alpha_offset=0.0, shift=1, **dms
+    )
+    vllm_config = VllmConfig(
+        model_config=ModelConfig(
+            model=str(model_dir),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=max_model_len,
+        ),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=chunk,
+            max_model_len=max_model_len,
+            is_encoder_decoder=False,
+            async_scheduling=False,
+        ),
+        cache_config=CacheConfig(block_size=16, enable_prefix_caching=False),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="DMSConnector",
+            kv_connector_module_path="vllm_dms.core.connector",
+            kv_role="kv_producer",
+        ),
+    )
+    vllm_config.additional_config = {"dms": config.to_dict()}
+    return vllm_config, config
+
+
+class Worker:
+    """One rank. State 0 is the null state."""
+
+    def __init__(self, layout: ArenaLayout, max_num_seqs: int, seed: int) -> None:
+        self.layout = layout
+        self.rng = np.random.default_rng(seed)
+        self.rows = np.zeros((max_num_seqs + 1, layout.max_blocks_per_request), dtype=np.int64)
+        self.live = np.zeros((max_num_seqs + 1, layout.num_rows), dtype=np.int64)
+        self.tokens = np.zeros(max_num_seqs + 1, dtype=np.int64)
+
+    def pages(self, state: int) -> int:
+        return int((-(-self.live[state] // self.layout.page_size)).sum())
+
+    def blocks_used(self, state: int) -> list[int]:
+        return self.rows[state, : -(-self.pages(state) // self.layout.pages_per_block)].tolist()
+
+    def run(self, meta, num_tokens, keep_rates) -> DMSReport:
+        """num_tokens, keep_rates: by request, in the order of ``meta.states``."""
+        for state, position, block in meta.row_updates:
+            self.rows[state, position] = block
+        for state, first in meta.starts:
+            assert self.rows[state, 0] == first
+            self.live[state] = 0
+            self.tokens[state] = 0
+        for state, count, keep in zip(meta.states, num_tokens, keep_rates, strict=True):
+            start, ring = self.tokens[state], self.layout.ring_size
+            self.tokens[state] = end = start + count
+            leaving = max(end - ring, 0) - max(start - ring, 0)
+            # Uneven heads: every row keeps at its own rate around the request's.
+            rates = np.clip(keep * self.rng.uniform(0.5, 1.5, self.layout.num_rows), 0, 1)
+            rates = np.where(keep >= 1, 1.0, rates)
+            self.live[state] += self.rng.binomial(leaving, rates)
+            self.live[state] += min(end, ring) - min(start, ring)
+        out = np.zeros((len(self.rows), REPORT_HORIZON + 2), dtype=np.int32)
+        size = self.layout.page_size
+        for state in meta.states:
+            live = self.live[state]
+            pages = [(-(-(live + k) // size)).sum() for k in range(REPORT_HORIZON + 1)]
+            out[state] = [pages[0], *(p - pages[0] for p in pages[1:]), live.sum()]
+        return DMSReport(meta.step_id, meta.states.astype(np.int64), torch.from_numpy(out))
+
+
+class Engine:
+    """Scheduler and workers; outputs reach the scheduler ``lag`` steps late. Checks every step."""
+
+    def __init__(self, vllm_config, config, num_blocks, lag=0, ranks=1, seed=0, layout=None):
+        layout = layout or make_layout(max_model_len=vllm_config.model_config.max_model_len)
+        self.spec: DMSCacheSpec = make_spec(vllm_config, config, layout)
+        vllm_config.cache_config.num_gpu_blocks = num_blocks
+        self.scheduler = (AsyncScheduler if lag else Scheduler)(
+            vllm_config=vllm_config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=num_blocks,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], self.spec)],
+            ),
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=layout.block_size,
+            log_stats=True,
+        )
+        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.connector = self.scheduler.connector
+        self.workers = [Worker(layout, self.spec.max_num_seqs, seed + r) for r in range(ranks)]
+        self.lag = lag
+        self.in_flight = deque()
+        self.keep: dict[str, float] = {}
+        self.finished: dict[str, object] = {}  # request id -> finish reason
+        self.params: dict[str, object] = {}  # request id -> kv_transfer_params
+        self.num_preemptions = 0
+        self.max_blocks_held = 0
+
+    def add(self, request_id, num_prompt, max_tokens, keep) -> Request:
+        self.keep[request_id] = keep
+        self.finished.pop(request_id, None)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=[1] * num_prompt,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            pooling_params=None,
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        self.check()
+        self.num_preemptions += len(output.preempted_req_ids or ())
+        requests = [self.scheduler.requests[r] for r in output.num_scheduled_tokens]
+        samples = [not r.is_prefill_chunk for r in requests]
+        held = self._held()
+        self.max_blocks_held = max(self.max_blocks_held, sum(len(b) for _, b in held.values()))
+        self.in_flight.append((output, samples, held))
+        if len(self.in_flight) > self.lag or not requests:
+            self.complete()
+
+    def complete(self) -> None:
+        """Run the oldest step and give its output to the scheduler."""
+        output, samples, held = self.in_flight.popleft()
+        meta = output.kv_connector_metadata
+        scheduled = output.num_scheduled_tokens
+        keep = [self.keep[r] for r in scheduled]
+        reports = [w.run(meta, scheduled.values(), keep) for w in self.workers]
+        for worker in self.workers:
+            for state, blocks in held.values():
+                used = worker.blocks_used(state)
+                assert used == blocks[: len(used)], "a page outside of the blocks held"
+            for request_id, (state, blocks) in self._held().items():
+                if held.get(request_id, (0, [0]))[1][0] == blocks[0]:
+                    assert len(worker.blocks_used(state)) <= len(blocks), "returned while in use"
+        report = reports[0]
+        for other in reports[1:]:
+            report = report.aggregate(other)
+        result = ModelRunnerOutput(
+            req_ids=list(scheduled),
+            req_id_to_index={r: i for i, r in enumerate(scheduled)},
+            sampled_token_ids=[[7] if sample else [] for sample in samples],
+            kv_connector_output=KVConnectorOutput(
+                kv_connector_worker_meta=report if scheduled else None,
+                invalid_block_ids=set(meta.fail_blocks),
+            ),
+        )
+        for outputs in self.scheduler.update_from_output(output, result).values():
+            for out in outputs.outputs:
+                if out.finish_reason is not None:
+                    self.finished[out.request_id] = str(out.finish_reason)
+                    self.params[out.request_id] = out.kv_transfer_params
+        self.check()
+
+    def drain(self, max_steps=3000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished_requests() and not self.in_flight:
+                return
+            if self.scheduler.has_unfinished_requests():
+                self.step()
+            else:
+                self.complete()
+        raise AssertionError("the engine does not come to an end")
+
+    def check(self) -> None:
+        check_integrity(self.manager)
+
+    def _held(self) -> dict[str, tuple[int, list[int]]]:
+        manager = self.manager
+        return {
+            r: (state, [b.block_id for b in manager.req_to_blocks[r]])
+            for r, state in manager.states.items()
+        }

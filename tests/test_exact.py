@@ -1,11 +1,9 @@
 """Through vLLM's engine: log-probabilities equal the reference model's, whatever the batching."""
 
-import random
-
 import pytest
-import torch
 from checkpoints import random_tokens
 
+from vllm_dms.core.manager import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
 
 NOISE = 1e-3  # nats; fp32 rounding is about 3e-5, the mildest wrong rule about 3e-2
@@ -64,18 +62,36 @@ def worst_error(reference: ReferenceModel, prompt, output) -> float:
     return worst
 
 
+def check_exact(path, llm, token_ids):
+    reference = ReferenceModel.from_dir(path)
+    outputs = generate(llm, token_ids, sampling())
+    for prompt, output in zip(token_ids, outputs, strict=True):
+        assert worst_error(reference, prompt, output) < NOISE
+
+
 @pytest.mark.parametrize("chunk", [32, 96, 512])
 @pytest.mark.parametrize("name", DIALECTS)
 def test_log_probabilities_are_the_references(checkpoint, make_engine, name, chunk):
     if chunk != 96 and name not in ("borrowed", "adapter", "fastdms", "per-layer"):
         pytest.skip("one chunk size is enough for the variants")
     path = checkpoint(**DIALECTS[name])
-    llm = make_engine(path, **engine_args(chunk))
-    reference = ReferenceModel.from_dir(path)
-    token_ids = prompts()
-    outputs = generate(llm, token_ids, sampling())
-    for prompt, output in zip(token_ids, outputs, strict=True):
-        assert worst_error(reference, prompt, output) < NOISE
+    check_exact(path, make_engine(path, **engine_args(chunk)), prompts())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["borrowed", "adapter", "fastdms", "disabled"])
+def test_log_probabilities_are_the_references_on_the_gpu(checkpoint, make_engine, name, kernels):
+    path = checkpoint(**DIALECTS[name])
+    args = engine_args(96, additional_config={"dms": {"kernels": kernels}})
+    check_exact(path, make_engine(path, gpu_memory_utilization=0.2, **args), prompts())
+
+
+@pytest.mark.gpu
+def test_log_probabilities_are_the_references_with_graphs_and_compile(checkpoint, make_engine):
+    path = checkpoint(**DIALECTS["borrowed"])
+    args = engine_args(512, enforce_eager=False, gpu_memory_utilization=0.2)
+    check_exact(path, make_engine(path, **args), prompts())
 
 
 def test_live_counts_reach_the_client(checkpoint, make_engine):
@@ -84,9 +100,52 @@ def test_live_counts_reach_the_client(checkpoint, make_engine):
     token_ids = prompts()
     outputs = generate(make_engine(path, **engine_args(96)), token_ids, sampling())
     for prompt, output in zip(token_ids, outputs, strict=True):
-        # The last sampled token is never fed back.
-        ids = prompt + list(output.outputs[0].token_ids)[:-1]
-        live = live_counts(reference.forward(ids).evict, reference.dms.window)
         stats = output.kv_transfer_params["dms"]
-        assert stats["dense_tokens"] == len(ids)
-        assert stats["live_tokens"] == pytest.approx(live.float().mean().item())
+        ids = prompt + list(output.outputs[0].token_ids)
+        # The last token is never stored, and the last steps' reports come after the end.
+        assert len(ids) - 5 < stats["dense_tokens"] < len(ids)
+        evict = reference.forward(ids[: stats["dense_tokens"]]).evict
+        live = live_counts(evict, reference.dms.window).float().mean().item()
+        assert stats["live_tokens"] == pytest.approx(live, abs=0.01)
+        assert stats["compression"] == pytest.approx(stats["dense_tokens"] / live, rel=1e-3)
+
+
+def drive(llm, token_ids, params, abort_after):
+    """Run all requests together; abort every third one after ``abort_after`` outputs."""
+    engine = llm.llm_engine
+    for i, ids in enumerate(token_ids):
+        engine.add_request(f"r{i}", {"prompt_token_ids": ids}, params)
+    done, seen = {}, dict.fromkeys(range(len(token_ids)), 0)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            index = int(output.request_id.removeprefix("r"))
+            seen[index] = len(output.outputs[0].token_ids)
+            if output.finished and output.outputs[0].finish_reason == "length":
+                done[index] = output
+            elif index % 3 == 2 and seen[index] >= abort_after:
+                engine.abort_request([output.request_id])
+    return done
+
+
+def scheduler_of(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def test_preempted_and_aborted_requests_leave_the_others_exact(checkpoint, make_engine):
+    """12 requests of up to 450 tokens, half of them kept: about 2.5 times the pool."""
+    path = checkpoint("nvidia-borrowed", evict_rate=0.5)
+    reference = ReferenceModel.from_dir(path)
+    llm = make_engine(
+        path, **engine_args(64, max_model_len=1024, max_num_seqs=12, num_gpu_blocks_override=84)
+    )
+    scheduler = scheduler_of(llm)
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    scheduler.connector.stats.preemptions = 0
+    token_ids = prompts([40 + 9 * i for i in range(12)], seed=50)
+    done = drive(llm, token_ids, sampling(300), abort_after=40)
+    assert len(done) == 8
+    assert scheduler.connector.stats.preemptions > 0
+    for index, output in done.items():
+        assert worst_error(reference, token_ids[index], output) < NOISE
+    check_integrity(manager)
+    assert manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks

@@ -89,10 +89,11 @@ class ArenaLayout:
         return -(-self.num_rows * self.max_pages_per_row // self.pages_per_block)
 
 
-def choose_page_size(window: int) -> int:
+def choose_page_size(window: int, slots_per_block: int = MAX_PAGE_SIZE) -> int:
     """Slots per page when the user sets none: the largest power of two up to a quarter of the
-    window, so that the half page a row wastes on average stays near 5 % of its live slots."""
+    window, so that the half page a row wastes on average stays near 5 % of its live slots; smaller
+    if a block of ``slots_per_block`` (over all layers and heads) would not be a whole number."""
     size = MAX_PAGE_SIZE
-    while size > MIN_PAGE_SIZE and 4 * size > window:
+    while size > MIN_PAGE_SIZE and (4 * size > window or slots_per_block % size):
         size //= 2
     return size

@@ -25,12 +25,14 @@ logger = init_logger(__name__)
 def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
     """This rank's arena: the same on every rank, because vLLM gives each the same head count."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_layers, num_kv_heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    slots_per_block = num_layers * num_kv_heads * vllm_config.cache_config.block_size
     return ArenaLayout(
-        num_layers=model.get_num_layers(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
         head_dim=model.get_head_size(),
         window=config.window,
-        page_size=config.page_size or choose_page_size(config.window),
+        page_size=config.page_size or choose_page_size(config.window, slots_per_block),
         block_size=vllm_config.cache_config.block_size,
         storage_dtype=FP8_DTYPE if config.storage == "fp8" else model.dtype,
         max_model_len=model.max_model_len,

@@ -1,0 +1,176 @@
+"""Bad input gets one clear error; engines that don't ask for DMS stay as they were."""
+
+import json
+import logging
+import re
+
+import pytest
+from checkpoints import make_checkpoint, random_tokens
+from safetensors.torch import load_file, save_file
+from test_exact import engine_args, generate, sampling
+from vllm.distributed.kv_transfer import kv_transfer_state
+
+
+def engine_config(path, **kwargs):
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = {"kv_cache_dtype": "dms", "max_model_len": 512, "enforce_eager": True, **kwargs}
+    return EngineArgs(model=str(path), **args).create_engine_config()
+
+
+def edit_config(path, out_dir, **changes):
+    """A copy of a checkpoint with config.json changed; None removes a key."""
+    out_dir.mkdir(exist_ok=True)
+    for file in path.iterdir():
+        (out_dir / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text()) | changes
+    config = {k: v for k, v in config.items() if v is not None}
+    (out_dir / "config.json").write_text(json.dumps(config))
+    return out_dir
+
+
+REFUSED = {
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
+                                "prompt_lookup_max": 2}},
+        "--speculative-config",
+    ),
+    "a KV connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "--kv-transfer-config",
+    ),
+    "KV offload": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+    "pipeline parallel": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    "context parallel": (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+        "--decode-context-parallel-size",
+    ),
+    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "layers left out": ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
+    "an unknown setting": ({"additional_config": {"dms": {"windw": 3}}}, "windw"),
+    "a setting of the wrong kind": ({"additional_config": {"dms": {"window": "3"}}}, "window"),
+    "Triton without a GPU": ({"additional_config": {"dms": {"kernels": "triton"}}}, "kernels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(checkpoint, name):
+    flags, setting = REFUSED[name]
+    with pytest.raises(ValueError, match=re.escape(setting)):
+        engine_config(checkpoint("nvidia-borrowed"), **flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dms_window_size": None}, "dms_window_size"),
+        ({"dms_alpha_scale": "100"}, "dms_alpha_scale"),
+        ({"dms_new_key": 1}, "dms_new_key"),
+        ({"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"type": "float"}}},
+         "kv_cache_scheme"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
+          "use_sliding_window": True, "max_window_layers": 1}, "sliding-window"),
+    ],
+    ids=["missing", "mistyped", "unknown", "fp8 KV", "sliding window"],
+)
+def test_odd_checkpoints_are_refused_by_name(checkpoint, tmp_path, changes, named):
+    path = edit_config(checkpoint("nvidia-borrowed"), tmp_path / "odd", **changes)
+    with pytest.raises(ValueError, match=named):
+        engine_config(path)
+
+
+def test_a_model_without_dms_is_refused_with_what_is_supported(checkpoint):
+    with pytest.raises(ValueError, match=r"no DMS settings(?s:.)*dms_window_size"):
+        engine_config(checkpoint("dense"))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "drop", "add", "named"),
+    [
+        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 4"),
+        ("nvidia-borrowed", None, "model.layers.0.self_attn.dms_proj_alpha.weight", "dms_separate"),
+    ],
+    ids=["absent", "left over"],
+)
+def test_adapter_weights_must_match_the_config(make_engine, tmp_path, dialect, drop, add, named):
+    path = make_checkpoint(tmp_path / "weights", dialect)
+    weights = load_file(path / "model.safetensors")
+    if drop:
+        del weights[drop]
+    if add:
+        weights[add] = weights["model.layers.0.self_attn.k_proj.weight"][:2].clone()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=named):
+        make_engine(path, **engine_args(96))
+
+
+def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):
+    overrides = {"dms": {"page_size": 4096}}
+    with pytest.raises(ValueError, match="not a multiple of page_size 4096"):
+        make_engine(
+            checkpoint("nvidia-borrowed"), **engine_args(96, additional_config=overrides)
+        )
+
+
+def test_prefix_caching_is_turned_off(checkpoint):
+    config = engine_config(checkpoint("nvidia-borrowed"), enable_prefix_caching=True)
+    assert config.cache_config.enable_prefix_caching is False
+
+
+def test_overrides_reach_the_workers_config(checkpoint):
+    overrides = {"window": 24, "evict": False, "page_size": 8}
+    config = engine_config(
+        checkpoint("nvidia-borrowed"), additional_config={"dms": overrides, "other": 1}
+    )
+    resolved = config.additional_config["dms"]
+    assert overrides.items() <= resolved.items() and resolved["dialect"] == "nvidia-borrowed"
+    assert config.additional_config["other"] == 1
+    assert "vllm_dms::attention" in (config.compilation_config.splitting_ops or ["off"]) or (
+        config.model_config.enforce_eager
+    )
+
+
+@pytest.fixture
+def vllm_warnings(caplog):
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def fresh_connector(monkeypatch):
+    """vLLM keeps one worker connector per process and expects it of every engine there: an engine
+    without one can't run beside one that has it, whichever connector it is."""
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)
+
+
+@pytest.mark.parametrize("dialect", ["nvidia-borrowed", "nvidia-adapter", "fastdms"])
+def test_a_dms_checkpoint_without_the_flag_is_served_with_a_warning(
+    checkpoint, make_engine, vllm_warnings, fresh_connector, dialect
+):
+    path = checkpoint(dialect)
+    llm = make_engine(path, dtype="float32", max_model_len=512)
+    assert "served without --kv-cache-dtype dms" in vllm_warnings.text
+    output = generate(llm, [random_tokens(50, seed=1)], sampling(4))[0]
+    assert len(output.outputs[0].token_ids) == 4
+
+
+def test_dms_settings_without_the_flag_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="--kv-cache-dtype is 'auto'"):
+        engine_config(
+            checkpoint("dense"), kv_cache_dtype="auto", additional_config={"dms": {"evict": True}}
+        )
+
+
+def test_plain_models_are_untouched(checkpoint, make_engine, vllm_warnings, fresh_connector):
+    path = checkpoint("dense")
+    config = engine_config(path, kv_cache_dtype="auto")
+    assert config.model_config.architecture == "Qwen3ForCausalLM"
+    assert config.kv_transfer_config is None and not config.additional_config
+    assert config.cache_config.enable_prefix_caching
+    llm = make_engine(path, dtype="float32", max_model_len=512)
+    assert "DMS" not in vllm_warnings.text
+    generate(llm, [random_tokens(50, seed=1)], sampling(4))
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert type(worker.model_runner.model).__module__.startswith("vllm.")

@@ -149,3 +149,42 @@ def test_preempted_and_aborted_requests_leave_the_others_exact(checkpoint, make_
         assert worst_error(reference, token_ids[index], output) < NOISE
     check_integrity(manager)
     assert manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks
+
+
+@pytest.mark.parametrize("wrong", [{"shift": 0}, {"window": 15}, {"window": 17}], ids=str)
+def test_a_wrong_rule_is_noticed(checkpoint, make_engine, wrong):
+    path = checkpoint(**DIALECTS["borrowed"])
+    llm = make_engine(path, **engine_args(96, additional_config={"dms": wrong}))
+    prompt = prompts((230,))[0]
+    output = generate(llm, [prompt], sampling(8))[0]
+    assert worst_error(ReferenceModel.from_dir(path), prompt, output) > 10 * NOISE
+
+
+def test_a_channel_left_in_attention_is_noticed(checkpoint, make_engine, monkeypatch):
+    from vllm_dms.models.decision import BorrowedChannel
+
+    path = checkpoint(**DIALECTS["borrowed"])
+    llm = make_engine(path, **engine_args(96))
+    monkeypatch.setattr(BorrowedChannel, "clear", lambda self, query: query)
+    prompt = prompts((230,))[0]
+    output = generate(llm, [prompt], sampling(8))[0]
+    assert worst_error(ReferenceModel.from_dir(path), prompt, output) > 10 * NOISE
+
+
+def test_a_request_that_can_never_fit_ends_with_an_error_and_others_go_on(checkpoint, make_engine):
+    """reserve_compression lets max_model_len exceed the pool, which then nothing is evicted from."""
+    path = checkpoint(**DIALECTS["borrowed"])
+    overrides = {"dms": {"reserve_compression": 8, "evict": False}}
+    llm = make_engine(
+        path, **engine_args(64, num_gpu_blocks_override=40, additional_config=overrides)
+    )
+    params = sampling(40)
+    token_ids = prompts((900, 60, 1200, 130), seed=7)
+    outputs = generate(llm, token_ids, params)
+    assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length", "error", "length"]
+    reference = ReferenceModel.from_dir(path, overrides={"evict": False})
+    for i in (1, 3):
+        assert worst_error(reference, token_ids[i], outputs[i]) < NOISE
+    manager = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers[0]
+    check_integrity(manager)
+    assert manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks

@@ -1,0 +1,42 @@
+"""Engine core and workers as processes of their own, as in production, and tensor parallel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_exact import NOISE, engine_args, prompts
+
+from vllm_dms.reference import ReferenceModel
+
+
+@pytest.mark.parametrize("dialect", ["nvidia-adapter"])
+def test_two_spawned_workers_are_exact(checkpoint, tmp_path, dialect):
+    """The adapter is computed on every rank; each keeps its own head; reports are merged."""
+    path = checkpoint(dialect)
+    job = {
+        "model": str(path),
+        "args": engine_args(96, tensor_parallel_size=2, enforce_eager=True),
+        "prompts": prompts((30, 250, 600)),
+        "max_tokens": 24,
+    }
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("spawned_engine.py")
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(job), str(tmp_path / "out.json")],
+        env=env, capture_output=True, text=True, timeout=300, check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    outputs = json.loads((tmp_path / "out.json").read_text())
+    reference = ReferenceModel.from_dir(path)
+    for prompt, (ids, steps) in zip(job["prompts"], outputs, strict=True):
+        rows = reference.forward(prompt + ids).logits.log_softmax(-1)
+        for i, entries in enumerate(steps):
+            row = rows[len(prompt) - 1 + i]
+            assert all(abs(row[int(t)].item() - lp) < NOISE for t, lp in entries.items())

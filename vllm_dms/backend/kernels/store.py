@@ -1,0 +1,253 @@
+"""Kernels that write the arena: survivors of the leaving tokens, and the window ring.
+
+A token leaves the window when the token W + 1 after it arrives. With n tokens stored and m new
+ones, chunk token t pushes out position n + t - R, read from the ring where that is below n and
+from the chunk otherwise. The null state (s = 0) is never written.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_dms.backend.kernels.common import (
+    copy_slots,
+    decide,
+    find_request,
+    load_request,
+    page_of,
+    row_index,
+    write_slots,
+)
+
+
+@triton.jit
+def load_tokens(ptr, stride, token, heads, mask, geo):
+    """[N, D_PAD] of key or value [T, H, D] at tokens and heads that broadcast to [N]."""
+    offs_d = tl.arange(0, geo.D_PAD)[None, :]
+    offs = token.to(tl.int64) * stride + heads * geo.D
+    return tl.load(ptr + offs[:, None] + offs_d, mask=mask[:, None] & (offs_d < geo.D), other=0.0)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def store_token_kernel(
+    key_ptr,
+    value_ptr,
+    alpha_ptr,
+    stride_key,
+    stride_value,
+    stride_alpha,
+    stride_alpha_head,
+    state,
+    batch,
+    layer,
+    alpha_scale,
+    alpha_offset,
+    geo,
+    H_PAD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Grid (requests): one new token. The token that leaves, unless evicted, is copied to a slot of
+    its own; the new one takes its place in the ring. All heads at once, so that pages are handed
+    out without atomics."""
+    b = tl.program_id(0)
+    start, m, n, s = load_request(state, batch, b)
+    if (m != 1) | (s == 0):
+        return
+    h = tl.arange(0, H_PAD)
+    mask_h = h < geo.H
+    row = row_index(s, layer, h, geo)
+    token = h * 0 + start
+    ring = h * 0 + n % geo.R
+    full = n >= geo.R
+
+    alpha_offs = start.to(tl.int64) * stride_alpha + h * stride_alpha_head
+    alpha = tl.load(alpha_ptr + alpha_offs, mask=mask_h, other=0.0)
+    decision = decide(alpha, alpha_scale, alpha_offset) & EVICT
+    verdict = tl.load(state.evict_ring + row * geo.R + ring, mask=mask_h, other=1) != 0
+    if SHIFT and geo.R == 1:
+        verdict = decision
+    live = tl.load(state.live + row, mask=mask_h, other=0)
+    live = tl.where(n == 0, 0, live)
+
+    # The ring grows to its size; then a kept token takes slot `live`, the next of the survivors.
+    kept = mask_h & full & (verdict == 0)
+    grows = mask_h & ((n < geo.R) | kept)
+    fresh = grows & (live % geo.P == 0)
+    used = tl.load(state.pages_used + s)
+    rank = used + tl.cumsum(fresh.to(tl.int32), 0) - fresh.to(tl.int32)
+    block_ptr = state.block_rows + s.to(tl.int64) * geo.MAX_BLOCKS + rank // geo.PAGES_PER_BLOCK
+    block = tl.load(block_ptr, mask=fresh, other=0)
+    new_page = block * geo.PAGES_PER_BLOCK + rank % geo.PAGES_PER_BLOCK
+    page = tl.where(fresh, new_page, page_of(state, geo, row, live, grows & (fresh == 0)))
+    ring_page = tl.where(full, page_of(state, geo, row, ring, mask_h & full), page)
+
+    copy_slots(state, geo, ring_page, ring, page, live, kept)
+    # Below, other threads of this program overwrite what was read above.
+    tl.debug_barrier()
+    k = load_tokens(key_ptr, stride_key, token, h, mask_h, geo)
+    v = load_tokens(value_ptr, stride_value, token, h, mask_h, geo)
+    write_slots(state, geo, ring_page, ring, k, v, mask_h)
+
+    bits = state.evict_ring + row * geo.R
+    if SHIFT:
+        tl.store(bits + ring, (h * 0).to(tl.uint8), mask=mask_h)
+        if geo.R > 1:
+            last = (n + geo.R - 1) % geo.R
+            tl.store(bits + last, decision.to(tl.uint8), mask=mask_h & (n > 0))
+    else:
+        tl.store(bits + ring, decision.to(tl.uint8), mask=mask_h)
+    tl.store(state.page_table + row * geo.MAX_PAGES + live // geo.P, new_page, mask=fresh)
+    tl.store(state.live + row, live + grows.to(tl.int32), mask=mask_h)
+    tl.store(state.pages_used + s, used + tl.sum(fresh.to(tl.int32), 0))
+
+
+@triton.jit
+def chunk_verdict(alpha_ptr, stride, t, m, scale, offset, SHIFT: tl.constexpr, EVICT: tl.constexpr):
+    """e of the chunk's tokens t [N]; False below 0 and where there is no verdict yet."""
+    mask = (t >= 0) & (t + SHIFT < m)
+    alpha = tl.load(alpha_ptr + (t + SHIFT).to(tl.int64) * stride, mask=mask, other=0.0)
+    return decide(alpha, scale, offset) & mask & EVICT
+
+
+@triton.jit(do_not_specialize=["layer"])
+def store_plan_kernel(
+    alpha_ptr,
+    stride_alpha,
+    stride_alpha_head,
+    state,
+    batch,
+    num_survivors_ptr,
+    evict_ptr,
+    layer,
+    alpha_scale,
+    alpha_offset,
+    geo,
+    SHIFT: tl.constexpr,
+    EVICT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (requests, H): verdicts, survivor counts and pages of a chunk of several tokens.
+
+    Fills num_survivors and evict [T, H] of `Scratch`, the row's page table, live and pages_used.
+    """
+    b, h = tl.program_id(0), tl.program_id(1)
+    start, m, n, s = load_request(state, batch, b)
+    if m <= 1:
+        return
+    row = row_index(s, layer, h, geo)
+    alpha_ptr += start.to(tl.int64) * stride_alpha + h * stride_alpha_head
+    live = tl.where((n == 0) | (s == 0), 0, tl.load(state.live + row))
+    survivors = tl.where((n == 0) | (s == 0), 0, live - tl.minimum(n, geo.R))
+
+    bits = state.evict_ring + row * geo.R
+    if SHIFT:  # the chunk's first token decides on the last one stored
+        decision = decide(tl.load(alpha_ptr), alpha_scale, alpha_offset) & EVICT
+        last = (n + geo.R - 1) % geo.R
+        tl.store(bits + last, decision.to(tl.uint8), mask=(n > 0) & (s > 0))
+        tl.debug_barrier()
+
+    for t0 in range(0, m, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
+        mask = t < m
+        out = (start + t).to(tl.int64) * geo.H + h
+        verdict = chunk_verdict(alpha_ptr, stride_alpha, t, m, alpha_scale, alpha_offset, SHIFT, EVICT)
+        tl.store(evict_ptr + out, verdict.to(tl.uint8), mask=mask)
+
+        left = t - geo.R  # chunk token that leaves as t arrives; below 0: n + left is in the ring
+        leaving = mask & (n + left >= 0) & (s > 0)
+        verdict = chunk_verdict(
+            alpha_ptr, stride_alpha, left, m, alpha_scale, alpha_offset, SHIFT, EVICT
+        )
+        bit = tl.load(bits + (n + t) % geo.R, mask=leaving & (left < 0), other=0)
+        kept = (leaving & (verdict == 0) & (bit == 0)).to(tl.int32)
+        tl.store(num_survivors_ptr + out, survivors + tl.cumsum(kept, 0), mask=mask)
+        survivors += tl.sum(kept, 0)
+
+    if s > 0:
+        new_live = survivors + tl.minimum(n + m, geo.R)
+        first = tl.cdiv(live, geo.P)
+        end = tl.cdiv(new_live, geo.P)
+        used = tl.atomic_add(state.pages_used + s, end - first)
+        block_row = state.block_rows + s.to(tl.int64) * geo.MAX_BLOCKS
+        for i in range(first, end, BLOCK):
+            index = i + tl.arange(0, BLOCK)
+            rank = used + index - first
+            block = tl.load(block_row + rank // geo.PAGES_PER_BLOCK, mask=index < end, other=0)
+            page = block * geo.PAGES_PER_BLOCK + rank % geo.PAGES_PER_BLOCK
+            tl.store(state.page_table + row * geo.MAX_PAGES + index, page, mask=index < end)
+        tl.store(state.live + row, new_live)
+
+
+@triton.jit(do_not_specialize=["layer", "num_reqs"])
+def store_copy_kernel(
+    key_ptr,
+    value_ptr,
+    stride_key,
+    stride_value,
+    state,
+    batch,
+    num_survivors_ptr,
+    evict_ptr,
+    num_reqs,
+    layer,
+    geo,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks of tokens, H): copy what leaves the window and is kept, as planned."""
+    h = tl.program_id(1)
+    b, t0 = find_request(batch, tl.program_id(0), num_reqs, geo, BLOCK)
+    start, m, n, s = load_request(state, batch, b)
+    if (m <= 1) | (s == 0) | (t0 >= m) | (n + t0 + BLOCK <= geo.R):
+        return
+    row = row_index(s, layer, h, geo)
+    t = t0 + tl.arange(0, BLOCK)
+    left = t - geo.R
+    leaving = (t < m) & (n + left >= 0)
+    count = tl.load(num_survivors_ptr + (start + t).to(tl.int64) * geo.H + h, mask=t < m, other=1)
+    slot = geo.R - 1 + count
+
+    if t0 < geo.R:
+        ring = (n + t) % geo.R
+        mask = leaving & (left < 0)
+        bit = tl.load(state.evict_ring + row * geo.R + ring, mask=mask, other=1)
+        kept = mask & (bit == 0)
+        src_page = page_of(state, geo, row, ring, kept)
+        copy_slots(state, geo, src_page, ring, page_of(state, geo, row, slot, kept), slot, kept)
+    if t0 + BLOCK > geo.R:
+        mask = leaving & (left >= 0)
+        evict = tl.load(evict_ptr + (start + left).to(tl.int64) * geo.H + h, mask=mask, other=1)
+        kept = mask & (evict == 0)
+        k = load_tokens(key_ptr, stride_key, start + left, h, kept, geo)
+        v = load_tokens(value_ptr, stride_value, start + left, h, kept, geo)
+        write_slots(state, geo, page_of(state, geo, row, slot, kept), slot, k, v, kept)
+
+
+@triton.jit(do_not_specialize=["layer", "num_reqs"])
+def store_window_kernel(
+    key_ptr,
+    value_ptr,
+    stride_key,
+    stride_value,
+    state,
+    batch,
+    evict_ptr,
+    num_reqs,
+    layer,
+    geo,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks of tokens, H): the chunk's last R tokens to the ring, with their verdicts."""
+    h = tl.program_id(1)
+    b, t0 = find_request(batch, tl.program_id(0), num_reqs, geo, BLOCK)
+    start, m, n, s = load_request(state, batch, b)
+    if (m <= 1) | (s == 0) | (t0 >= m) | (t0 + BLOCK + geo.R <= m):
+        return
+    row = row_index(s, layer, h, geo)
+    t = t0 + tl.arange(0, BLOCK)
+    mask = (t < m) & (t + geo.R >= m)
+    ring = (n + t) % geo.R
+    k = load_tokens(key_ptr, stride_key, start + t, h, mask, geo)
+    v = load_tokens(value_ptr, stride_value, start + t, h, mask, geo)
+    write_slots(state, geo, page_of(state, geo, row, ring, mask), ring, k, v, mask)
+    evict = tl.load(evict_ptr + (start + t).to(tl.int64) * geo.H + h, mask=mask, other=0)
+    tl.store(state.evict_ring + row * geo.R + ring, evict, mask=mask)

@@ -1,0 +1,278 @@
+"""The operations on the arena as Triton kernels: checks, grids, scratch.
+
+Nothing is allocated or read back per call, and grids depend only on the batch's host-side numbers,
+so every operation can be captured in a CUDA graph.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
+from vllm_dms.backend.kernels.decode import Schedule, decode_kernel, schedule_kernel
+from vllm_dms.backend.kernels.prefill import prefill_kernel
+from vllm_dms.backend.kernels.store import (
+    store_copy_kernel,
+    store_plan_kernel,
+    store_token_kernel,
+    store_window_kernel,
+)
+from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.state import ArenaState, Batch
+from vllm_dms.config import DMSConfig
+
+LOG2_E = 1.0 / math.log(2.0)
+SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
+PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
+MERGE_ELEMENTS = 8192  # float32 values of partial results that a program holds at once
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block sizes: speed only, never the result beyond rounding."""
+
+    decode_block: int = 64  # slots per tile
+    decode_warps: int = 4
+    decode_stages: int = 3
+    programs: int = 0  # of decode; 0: two per multiprocessor
+    min_tiles: int = 1  # of a decode program
+    prefill_rows: int = 128  # (query token, head of the group) pairs per program
+    prefill_block: int = 64  # keys per tile
+    prefill_warps: int = 8
+    prefill_stages: int = 3
+    copy_block: int = 32  # tokens per program of the copying kernels
+
+
+def default_tuning(layout: ArenaLayout, device: torch.device) -> Tuning:
+    if layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
+        return Tuning(decode_block=32, decode_stages=2, prefill_rows=32, prefill_block=32)
+    return Tuning()
+
+
+def _check(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"{what} is {found}, but the kernels expect {expected}")
+
+
+class TritonOps:
+    """`ops.Ops` on a GPU.
+
+    The layers of a step run in order: `decode` of layer 0 shares out the work of all layers.
+    """
+
+    def __init__(
+        self,
+        layout: ArenaLayout,
+        max_tokens: int,
+        max_num_seqs: int,
+        num_query_heads: int,
+        device: torch.device | str,
+        tuning: Tuning | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.layout = layout
+        self.device = device
+        self.max_tokens = max_tokens
+        self.max_num_seqs = max_num_seqs
+        self.tuning = tuning or default_tuning(layout, device)
+        self.group = num_query_heads // layout.num_kv_heads
+        _check("num_query_heads", num_query_heads, self.group * layout.num_kv_heads)
+        _check("page_size, rounded up", triton.next_power_of_2(layout.page_size), layout.page_size)
+        constants = Geometry(
+            L=layout.num_layers,
+            H=layout.num_kv_heads,
+            D=layout.head_dim,
+            D_PAD=max(16, triton.next_power_of_2(layout.head_dim)),
+            P=layout.page_size,
+            R=layout.ring_size,
+            MAX_PAGES=layout.max_pages_per_row,
+            MAX_BLOCKS=layout.max_blocks_per_request,
+            PAGES_PER_BLOCK=layout.pages_per_block,
+            MAX_REQS=triton.next_power_of_2(max_num_seqs),
+            QUANTIZED=layout.quantized,
+        )
+        self.geometry = Geometry(*map(triton.language.constexpr, constants))
+        self.head_pad = triton.next_power_of_2(layout.num_kv_heads)
+        self.schedule = self._allocate_schedule()
+
+    def _allocate_schedule(self) -> Schedule:
+        rows = self.max_num_seqs * self.layout.num_kv_heads
+        programs = self.tuning.programs
+        if not programs:
+            sms = 4  # under the interpreter
+            if self.device.type == "cuda":
+                sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+            programs = 2 * sms
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        parts = (2 * programs, self.group)
+        return Schedule(
+            row_query=zeros(rows),
+            row_state=zeros(rows),
+            row_tile=zeros(self.layout.num_layers, rows + 1),
+            first_row=zeros(self.layout.num_layers, programs),
+            num_rows=zeros(1),
+            arrived=zeros(rows),
+            partial=zeros(*parts, self.layout.head_dim, dtype=torch.float32),
+            partial_max=zeros(*parts, dtype=torch.float32),
+            partial_sum=zeros(*parts, dtype=torch.float32),
+            N=rows,
+            PROGRAMS=programs,
+            MIN_TILES=self.tuning.min_tiles,
+        )
+
+    def side_bytes(self) -> int:
+        """Bytes of scratch beside the arena's own state."""
+        tensors = (t for t in self.schedule if isinstance(t, torch.Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _state_args(self, state: ArenaState) -> StateArgs:
+        layout, pages = self.layout, state.k_pages
+        assert state.layout == layout
+        size, width = layout.page_size, layout.head_dim
+        stride = layout.page_bytes // pages.element_size()
+        _check("strides of the pages", pages.stride(), (stride, width, 1))
+        _check("offset of V in a page", state.v_pages.storage_offset() - pages.storage_offset(),
+               size * width)  # fmt: skip
+        return StateArgs(
+            pages=pages,
+            scales=state.k_scales,
+            state_of_block=state.state_of_block,
+            block_rows=state.block_rows,
+            pages_used=state.pages_used,
+            live=state.live,
+            page_table=state.page_table,
+            evict_ring=state.evict_ring,
+        )
+
+    def _batch_args(self, batch: Batch) -> BatchArgs:
+        if batch.num_reqs > self.max_num_seqs or batch.num_tokens > self.max_tokens:
+            raise ValueError(
+                f"a batch of {batch.num_reqs} requests and {batch.num_tokens} tokens exceeds the "
+                f"scratch's {self.max_num_seqs} and {self.max_tokens}"
+            )
+        return BatchArgs(
+            block_table=batch.block_table,
+            block_table_stride=batch.block_table.stride(0),
+            query_start=batch.query_start,
+            seq_lens=batch.seq_lens,
+        )
+
+    def _check_heads(self, name: str, x: torch.Tensor, heads: int) -> None:
+        """[T, heads, D] whose heads lie side by side."""
+        _check(f"shape of {name}", tuple(x.shape[1:]), (heads, self.layout.head_dim))
+        _check(f"strides of {name}'s heads", x.stride()[1:], (self.layout.head_dim, 1))
+        _check(f"device of {name}", x.device.type, self.device.type)
+
+    def _flat_grid(self, batch: Batch, block: int) -> tuple[int, int]:
+        """Blocks of tokens as `find_request` counts them, times heads."""
+        return batch.num_tokens // block + batch.num_reqs, self.layout.num_kv_heads
+
+    def store(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        config: DMSConfig,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        alpha: torch.Tensor,
+    ) -> None:
+        heads = self.layout.num_kv_heads
+        self._check_heads("key", key, heads)
+        self._check_heads("value", value, heads)
+        _check("alpha's heads", alpha.shape[1], heads)
+        state_args, batch_args, geo = self._state_args(state), self._batch_args(batch), self.geometry
+        rule = (config.alpha_scale, config.alpha_offset, geo)
+        switches = {"SHIFT": config.shift, "EVICT": config.evict, "enable_fp_fusion": False}
+        store_token_kernel[(batch.num_reqs,)](
+            key, value, alpha, key.stride(0), value.stride(0), *alpha.stride(),
+            state_args, batch_args, layer, *rule, H_PAD=self.head_pad, **switches,
+        )  # fmt: skip
+        if batch.max_query_len == 1:
+            return
+        scratch = (batch.scratch.num_survivors, batch.scratch.evict)
+        store_plan_kernel[(batch.num_reqs, heads)](
+            alpha, *alpha.stride(), state_args, batch_args, *scratch, layer, *rule,
+            BLOCK=PLAN_TOKENS, **switches,
+        )  # fmt: skip
+        block = self.tuning.copy_block
+        store_copy_kernel[self._flat_grid(batch, block)](
+            key, value, key.stride(0), value.stride(0), state_args, batch_args, *scratch,
+            batch.num_reqs, layer, geo, BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def prefill(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None:
+        heads, tuning = self.layout.num_kv_heads, self.tuning
+        self._check_heads("query", query, heads * self.group)
+        self._check_heads("output", output, heads * self.group)
+        self._check_heads("key", key, heads)
+        self._check_heads("value", value, heads)
+        rows = max(tuning.prefill_rows, triton.next_power_of_2(self.group))
+        prefill_kernel[self._flat_grid(batch, rows // self.group)](
+            query, key, value, output,
+            query.stride(0), key.stride(0), value.stride(0), output.stride(0),
+            self._state_args(state), self._batch_args(batch),
+            batch.scratch.num_survivors, batch.scratch.evict,
+            batch.num_reqs, layer, scale * LOG2_E, self.geometry,
+            G=self.group, BLOCK_M=rows, BLOCK_N=tuning.prefill_block,
+            num_warps=tuning.prefill_warps, num_stages=tuning.prefill_stages,
+        )  # fmt: skip
+
+    def store_window(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        block = self.tuning.copy_block
+        store_window_kernel[self._flat_grid(batch, block)](
+            key, value, key.stride(0), value.stride(0), self._state_args(state),
+            self._batch_args(batch), batch.scratch.evict, batch.num_reqs, layer, self.geometry,
+            BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def decode(
+        self,
+        state: ArenaState,
+        batch: Batch,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None:
+        heads, tuning, geo = self.layout.num_kv_heads, self.tuning, self.geometry
+        self._check_heads("query", query, heads * self.group)
+        self._check_heads("output", output, heads * self.group)
+        state_args, schedule = self._state_args(state), self.schedule
+        if layer == 0:
+            schedule_kernel[(self.layout.num_layers,)](
+                state_args, self._batch_args(batch), schedule, batch.num_reqs, geo,
+                BLOCK_N=tuning.decode_block, BLOCK_ROWS=SCHEDULE_ROWS,
+                PROGRAMS_PAD=triton.next_power_of_2(schedule.PROGRAMS),
+                STEPS=schedule.N.bit_length() + 1,
+            )  # fmt: skip
+        pad = triton.next_power_of_2(self.group)
+        merge = max(1, min(16, MERGE_ELEMENTS // (pad * triton.next_power_of_2(self.layout.head_dim))))
+        decode_kernel[(schedule.PROGRAMS,)](
+            query, output, query.stride(0), output.stride(0), state_args, schedule,
+            layer, scale * LOG2_E, geo,
+            G=self.group, G_PAD=pad, BLOCK_M=max(16, pad), BLOCK_N=tuning.decode_block,
+            BLOCK_MERGE=merge, num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
+        )  # fmt: skip

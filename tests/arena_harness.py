@@ -77,40 +77,70 @@ class Harness:
         self.state.state_of_block[self.rows[index, 0].long()] = index + 1
         self.state.pages_used[index + 1] = 0
 
-    def step(self, work, layer=0, padding=0):
-        """One step: ``work`` is a list of (request index, sequence, number of tokens)."""
-        parts, tables, lens = [], [], []
-        for index, seq, count in work:
-            parts.append(slice(seq.stored, seq.stored + count))
-            tables.append(int(self.rows[index, 0]))
-            lens.append(seq.stored + count)
-        counts = [count for _, _, count in work]
-        tables, lens = tables + [0] * padding, lens + [0] * padding
-        starts = torch.tensor([0, *counts, *[0] * padding]).cumsum(0)
-        gather = lambda name: torch.cat(  # noqa: E731
-            [getattr(s, name)[part] for (_, s, _), part in zip(work, parts, strict=True)]
-        )
+    def step(self, work, layers=None, padding=0):
+        """One step through all layers: ``work`` is a list of (request index, sequence, tokens).
+
+        Every layer gets the same inputs; the outputs kept are the last one's.
+        """
+        parts = [slice(seq.stored, seq.stored + count) for _, seq, count in work]
+
+        def gather(name):
+            pieces = [getattr(s, name)[p] for (_, s, _), p in zip(work, parts, strict=True)]
+            return torch.cat(pieces)
+
         query, key, value, alpha = (gather(n) for n in ("query", "key", "value", "alpha"))
-        int32 = {"dtype": torch.int32, "device": self.device}
-        batch = Batch(
-            num_reqs=len(lens),
-            num_tokens=len(query),
-            max_query_len=max(counts),
-            block_table=torch.tensor(tables, **int32).unsqueeze(1),
-            query_start=starts.to(**int32),
-            seq_lens=torch.tensor(lens, **int32),
-            scratch=self.scratch,
-        )
-        self.scratch.evict.fill_(0xFF)
-        self.scratch.num_survivors.fill_(-(2**30))
-        output = torch.full_like(query, float("nan"))
-        self.ops.store(self.state, batch, self.config, layer, key, value, alpha)
-        if batch.max_query_len > 1:
-            self.ops.prefill(self.state, batch, layer, query, key, value, output, self.scale)
-            self.ops.store_window(self.state, batch, layer, key, value)
-        self.ops.decode(self.state, batch, layer, query, output, self.scale)
+        batch = self._batch(work, parts, padding)
+        for layer in layers or range(self.layout.num_layers):
+            self.scratch.evict.fill_(0xFF)
+            self.scratch.num_survivors.fill_(-(2**30))
+            output = torch.full_like(query, float("nan"))
+            self.ops.store(self.state, batch, self.config, layer, key, value, alpha)
+            if batch.max_query_len > 1:
+                self.ops.prefill(self.state, batch, layer, query, key, value, output, self.scale)
+                self.ops.store_window(self.state, batch, layer, key, value)
+            self.ops.decode(self.state, batch, layer, query, output, self.scale)
         offset = 0
         for _, seq, count in work:
             seq.outputs.append(output[offset : offset + count])
             seq.stored += count
             offset += count
+
+    def _batch(self, work, parts, padding):
+        """Padding rows have no tokens and resolve to the null state, as in a CUDA graph."""
+        tables = [int(self.rows[index, 0]) for index, _, _ in work] + [0] * padding
+        counts = [count for _, _, count in work] + [0] * padding
+        int32 = {"dtype": torch.int32, "device": self.device}
+        return Batch(
+            num_reqs=len(counts),
+            num_tokens=sum(counts),
+            max_query_len=max(counts),
+            block_table=torch.tensor(tables, **int32).unsqueeze(1),
+            query_start=torch.tensor([0, *counts]).cumsum(0).to(**int32),
+            seq_lens=torch.tensor([p.stop for p in parts] + [0] * padding, **int32),
+            scratch=self.scratch,
+        )
+
+
+def feed(harness, sequences, chunks):
+    """Feed sequences side by side until all are stored: step i gives sequence k the chunk length
+    ``chunks[(i + k) % len(chunks)]``; some batches are padded."""
+    for index in range(len(sequences)):
+        harness.start(index)
+    step = 0
+    while any(s.stored < len(s) for s in sequences):
+        work = []
+        for index, seq in enumerate(sequences):
+            count = min(chunks[(step + index) % len(chunks)], len(seq) - seq.stored)
+            if count:
+                work.append((index, seq, count))
+        harness.step(work, padding=step % 3)
+        step += 1
+
+
+def gather_row(state, index, layer, head):
+    """The live slots of a row as stored: K, V (and scales), wherever their pages are."""
+    size = state.layout.page_size
+    slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
+    pages = state.page_table[index, layer, head][slots // size].long()
+    parts = [p for p in (state.k_pages, state.v_pages, state.k_scales, state.v_scales) if p is not None]
+    return [p.float()[pages, slots % size] for p in parts]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arena_harness import Harness, Sequence, make_config
+from arena_harness import Harness, Sequence, feed, make_config
 
 from vllm_dms import reference
 from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout
@@ -10,7 +10,7 @@ from vllm_dms.backend.ops import REPORT_HORIZON, report
 from vllm_dms.backend.torch_ops import TorchOps, quantize
 
 
-def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=2):
+def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=1):
     return ArenaLayout(
         num_layers=layers,
         num_kv_heads=heads,
@@ -21,21 +21,6 @@ def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=2):
         storage_dtype=dtype,
         max_model_len=256,
     )
-
-
-def feed(harness, sequences, chunks):
-    """Feed all sequences together, each in turn by the chunk lengths, then token by token."""
-    for index in range(len(sequences)):
-        harness.start(index)
-    step = 0
-    while any(s.stored < len(s) for s in sequences):
-        work = []
-        for index, seq in enumerate(sequences):
-            count = min(chunks[(step + index) % len(chunks)], len(seq) - seq.stored)
-            if count:
-                work.append((index, seq, count))
-        harness.step(work, padding=step % 3)
-        step += 1
 
 
 @pytest.mark.parametrize("chunks", [(256,), (1,), (7, 1, 1), (32, 5, 1, 17), (9, 64)], ids=str)
@@ -80,7 +65,7 @@ def test_fp8_stays_close_and_moves_without_a_second_rounding():
 
 
 def test_the_report_bounds_what_the_next_tokens_take():
-    layout, config = make_layout(4, layers=1), make_config(4)
+    layout, config = make_layout(4), make_config(4)
     harness = Harness(TorchOps(), config, layout, num_seqs=1)
     seq = Sequence(200, layout, 2, [0.9, 0.0], seed=3)
     harness.start(0)

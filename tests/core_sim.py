@@ -156,6 +156,10 @@ class Engine:
         self.scheduler.add_request(request)
         return request
 
+    def knows(self, request_id) -> bool:
+        in_flight = any(request_id in output.num_scheduled_tokens for output, _, _ in self.in_flight)
+        return in_flight or request_id in self.scheduler.requests
+
     def step(self) -> None:
         output = self.scheduler.schedule()
         self.check()
@@ -163,7 +167,7 @@ class Engine:
         requests = [self.scheduler.requests[r] for r in output.num_scheduled_tokens]
         samples = [not r.is_prefill_chunk for r in requests]
         held = self._held()
-        self.max_blocks_held = max(self.max_blocks_held, sum(len(b) for _, b in held.values()))
+        self.max_blocks_held = max(self.max_blocks_held, sum(len(b) for b in held.values()))
         self.in_flight.append((output, samples, held))
         if len(self.in_flight) > self.lag or not requests:
             self.complete()
@@ -176,11 +180,11 @@ class Engine:
         keep = [self.keep[r] for r in scheduled]
         reports = [w.run(meta, scheduled.values(), keep) for w in self.workers]
         for worker in self.workers:
-            for state, blocks in held.values():
+            for (state, _), blocks in held.items():
                 used = worker.blocks_used(state)
                 assert used == blocks[: len(used)], "a page outside of the blocks held"
-            for request_id, (state, blocks) in self._held().items():
-                if held.get(request_id, (0, [0]))[1][0] == blocks[0]:
+            for (state, incarnation), blocks in self._held().items():
+                if (state, incarnation) in held:
                     assert len(worker.blocks_used(state)) <= len(blocks), "returned while in use"
         report = reports[0]
         for other in reports[1:]:
@@ -214,9 +218,12 @@ class Engine:
     def check(self) -> None:
         check_integrity(self.manager)
 
-    def _held(self) -> dict[str, tuple[int, list[int]]]:
+    def _held(self) -> dict[tuple[int, int], list[int]]:
+        """(state index, its incarnation) -> block ids, for requests that hold blocks."""
         manager = self.manager
         return {
-            r: (state, [b.block_id for b in manager.req_to_blocks[r]])
+            (state, int(manager.ledger.incarnation[state])): [
+                b.block_id for b in manager.req_to_blocks[r]
+            ]
             for r, state in manager.states.items()
         }

@@ -107,7 +107,11 @@ class Ledger:
         self.read_safe_end[state] = end
 
     def shrink(self, states: np.ndarray, surplus: np.ndarray) -> None:
-        """Record that ``states`` returned ``surplus`` blocks [n], and what the rest suffices for."""
+        """Record that ``states`` returned ``surplus`` blocks [n], and what the rest suffices for.
+
+        It always suffices for what is scheduled. Recomputing can miss that: two chunks rounded up
+        to pages one by one may ask for more than the same tokens did before the first was reported.
+        """
         self.held[states] -= surplus
         pages = self.held[states] * self.pages_per_block
         spare = pages - self.pages[states]
@@ -115,6 +119,7 @@ class Ledger:
         crude = spare // self.num_rows * self.page_size
         dense = pages // self.num_rows * self.page_size
         reached = self.reported_end[states] + np.maximum(exact, crude)
+        reached = np.maximum(reached, self.scheduled_end[states])
         self.safe_end[states] = np.maximum(reached, dense)
 
     def make_step(self, step_id: int, states: list[int]) -> Step:

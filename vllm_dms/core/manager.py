@@ -275,4 +275,4 @@ def check_integrity(manager: DMSManager) -> None:
         num_blocks = len(manager.req_to_blocks[request_id])
         assert num_blocks == ledger.held[state] >= 1
         assert ledger.pages[state] <= num_blocks * ledger.pages_per_block
-        assert num_blocks >= ledger.required_one(state, int(ledger.scheduled_end[state]))
+        assert ledger.scheduled_end[state] <= ledger.safe_end[state]

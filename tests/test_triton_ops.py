@@ -17,7 +17,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 SMALL = Tuning(
     programs=8, decode_block=16, prefill_rows=16, prefill_block=16, copy_block=16
 )
-CHUNKS = [(256,), (1,), (33, 1, 5, 1), (64, 17)]
+CHUNKS = [(256,), (33, 1, 5, 1), (64, 17)]
 
 
 def make_layout(window, head_dim=16, page_size=8, heads=2, dtype=torch.float32, layers=2):
@@ -71,7 +71,7 @@ def check_against_plain(layout, config, group, lengths, chunks, dtype=torch.floa
                 rows = [gather_row(h.state, index, layer, head) for h in (harness, plain)]
                 assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
     check_null_state(harness)
-    check_outputs(seqs, expected, config, harness.scale, layout.quantized)
+    check_outputs(seqs, expected, config, harness.scale)
 
 
 def check_null_state(harness):
@@ -79,16 +79,17 @@ def check_null_state(harness):
     assert not harness.state.pages_used[0] and not harness.state.evict_ring[0].any()
 
 
-def check_outputs(seqs, plain, config, scale, quantized):
-    """At most twice the error of the plain operations in the same dtype, plus a rounding floor."""
+def check_outputs(seqs, plain, config, scale):
+    """At most twice the error of the plain operations in the same dtype, plus a rounding floor.
+
+    With FP8 storage the error is that of rounding keys and values, which a query sees unrounded as
+    long as they are in its own chunk: how many depends on the chunk, and on the query block.
+    """
     for seq, other in zip(seqs, plain, strict=True):
         got, baseline = torch.cat(seq.outputs).float(), torch.cat(other.outputs).float()
-        if quantized:
-            exact = baseline  # both read the same rounded values
-        else:
-            for name in ("query", "key", "value"):
-                setattr(seq, name, getattr(seq, name).float())
-            exact = seq.expected(config, scale)
+        for name in ("query", "key", "value"):
+            setattr(seq, name, getattr(seq, name).float())
+        exact = seq.expected(config, scale)
         eps = torch.finfo(other.outputs[0].dtype).eps
         floor = 4 * eps * exact.abs().max()
         assert not got.isnan().any()
@@ -100,6 +101,11 @@ def check_outputs(seqs, plain, config, scale, quantized):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_kernels_equal_the_plain_operations(window, shift, chunks):
     check_against_plain(make_layout(window), make_config(window, shift), 2, (1, 40, 77), chunks)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_token_by_token(shift):
+    check_against_plain(make_layout(7), make_config(7, shift), 2, (1, 30, 45), (1,))
 
 
 @pytest.mark.parametrize(

@@ -150,13 +150,21 @@ def test_only_padding_leaves_no_trace():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("storage", ["model", "fp8"])
-@pytest.mark.parametrize(("head_dim", "heads", "group"), [(128, 8, 4), (64, 2, 8), (80, 3, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "storage", "head_dim", "heads", "group"),
+    [
+        (torch.bfloat16, "model", 128, 8, 4),
+        (torch.bfloat16, "fp8", 128, 8, 4),
+        (torch.float16, "model", 64, 2, 8),
+        (torch.float16, "fp8", 64, 2, 8),
+        (torch.bfloat16, "model", 80, 3, 1),
+        (torch.float32, "model", 128, 2, 5),
+        (torch.float32, "fp8", 64, 2, 2),
+    ],
+    ids=str,
+)
 def test_production_tiles_on_the_gpu(dtype, storage, head_dim, heads, group):
-    stored = FP8_DTYPE if storage == "fp8" else dtype
-    layout = make_layout(64, head_dim, 16, heads, stored)
-    for chunks in [(256,), (100, 1, 1, 37), (1,)]:
-        check_against_plain(
-            layout, make_config(64), group, (1, 130, 250), chunks, dtype, tuning=None
-        )
+    layout = make_layout(64, head_dim, 16, heads, FP8_DTYPE if storage == "fp8" else dtype)
+    for chunks in [(256,), (100, 1, 1, 37)]:
+        lengths = (1, 130, 250)
+        check_against_plain(layout, make_config(64), group, lengths, chunks, dtype, tuning=None)

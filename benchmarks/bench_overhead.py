@@ -86,9 +86,7 @@ def make_scheduler(model_dir: str, num_running: int, dms: bool) -> Scheduler:
     if dms:
         spec = make_spec(vllm_config, config, LAYOUT)
     else:
-        spec = FullAttentionSpec(
-            block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16
-        )
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
     num_blocks = num_running * MAX_MODEL_LEN // LAYOUT.block_size + 1
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     return Scheduler(

@@ -157,7 +157,9 @@ class Engine:
         return request
 
     def knows(self, request_id) -> bool:
-        in_flight = any(request_id in output.num_scheduled_tokens for output, _, _ in self.in_flight)
+        in_flight = any(
+            request_id in output.num_scheduled_tokens for output, _, _ in self.in_flight
+        )
         return in_flight or request_id in self.scheduler.requests
 
     def step(self) -> None:

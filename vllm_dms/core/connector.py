@@ -96,6 +96,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        self._manager.request_finishes(request.request_id)
         return False, {"dms": self.stats.of_request(request.request_id)}
 
     # The worker's half.

@@ -5,21 +5,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import (
-    SingleTypeKVCacheManager,
-    register_all_kvcache_specs,
-)
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
 from vllm_dms.core.ledger import Growth, Ledger, Step
 from vllm_dms.core.messages import DMSStepMeta
+from vllm_dms.core.shortage import Shortage, Shortages
 from vllm_dms.core.spec import DMSCacheSpec
-
-logger = init_logger(__name__)
 
 
 class DMSManager(SingleTypeKVCacheManager):
@@ -41,21 +35,16 @@ class DMSManager(SingleTypeKVCacheManager):
         self.live_fraction = LiveFraction(kv_cache_spec.layout.num_rows)
         self.states: dict[str, int] = {}  # request id -> state index
         self.in_flight: deque[Step] = deque()
+        self.shortages = Shortages(self.ledger, self.in_flight, kv_cache_spec.reserve_compression)
         self.returned_blocks = 0
         self._next_step = 0
         # For the next step's message to the worker.
         self._row_updates: list[tuple[int, int, int]] = []
         self._starts: dict[int, int] = {}
-        self._fail: list[int] = []
-        # The last running request that found too few free blocks: (request id, needed, missing).
-        self._shortage: tuple[str, int, int] = ("", 0, 0)
         self._admit = True
-        # Request id -> last step in flight when it first had to wait for reports.
-        self._waits: dict[str, int] = {}
-        # Requests to end with an error, and their first blocks once they are gone: such a block
-        # names the request to the scheduler, so nobody may own it until the scheduler was told.
-        self._condemned: set[str] = set()
-        self._quarantine: dict[int, KVCacheBlock] = {}
+        # Blocks of survivors that preempted requests held: what they need at least to come back.
+        self._resume_blocks: dict[str, int] = {}
+        self._finishing: set[str] = set()
 
     # The scheduler's calls.
 
@@ -79,16 +68,19 @@ class DMSManager(SingleTypeKVCacheManager):
             if num_tokens <= ledger.read_safe_end[state]:
                 return 0
             needed = ledger.required_one(state, num_tokens)
-            missing = needed - len(self.req_to_blocks[request_id])
+            blocks = self.req_to_blocks[request_id]
+            missing = needed - len(blocks)
             if missing > self.block_pool.get_num_free_blocks():
-                self._shortage = (request_id, needed, missing)
+                first = blocks[0].block_id
+                self.shortages.note(Shortage(request_id, state, first, needed, missing))
             return missing
         held = 0 if state is None else len(self.req_to_blocks[request_id])
         if state is None and not (self._admit and self.ledger.num_free):
             return self.block_pool.num_gpu_blocks  # more than there can be: not now
         if apply_admission_cap:
             estimate = estimate_blocks(self.spec, num_tokens, self.live_fraction.value)
-            # What turns out not to fit is found out while it runs.
+            estimate = max(estimate, self._resume_blocks.get(request_id, 0))
+            # A request that is alone is let in whatever the guess, so that none waits for ever.
             return max(min(estimate, self.num_usable_blocks) - held, 0)
         return self.spec.dense_blocks(num_tokens)
 
@@ -113,7 +105,7 @@ class DMSManager(SingleTypeKVCacheManager):
         ledger.grow(state, len(blocks), num_tokens)
         updates = self._row_updates
         updates.extend((state, held + i, block.block_id) for i, block in enumerate(new))
-        self._waits.pop(request_id, None)
+        self.shortages.resolved(request_id)
         if not first:
             return []
         self._starts[state] = new[0].block_id
@@ -122,18 +114,20 @@ class DMSManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
         state = self.states.pop(request_id, None)
+        if request_id in self._finishing:
+            self._finishing.discard(request_id)
+            self._resume_blocks.pop(request_id, None)
+        elif state is not None:
+            in_use = self.ledger.pages.item(state)
+            self._resume_blocks[request_id] = -(-in_use // self.ledger.pages_per_block)
         if state is None:
             return blocks
         self.ledger.release(state)
-        self._waits.pop(request_id, None)
         # If it is preempted in the step that gave it blocks, the worker must not hear of them.
         self._starts.pop(state, None)
         if self._row_updates:
             self._row_updates = [u for u in self._row_updates if u[0] != state]
-        if request_id in self._condemned:
-            self._condemned.discard(request_id)
-            first = blocks.pop(0)
-            self._quarantine[first.block_id] = first
+        self.shortages.gone(request_id, blocks)
         return blocks
 
     def remove_skipped_blocks(
@@ -146,7 +140,12 @@ class DMSManager(SingleTypeKVCacheManager):
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kw: Any
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        *args: Any,
+        **kw: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         return tuple([] for _ in kv_cache_group_ids), 0
 
@@ -167,9 +166,9 @@ class DMSManager(SingleTypeKVCacheManager):
             states=step.states.astype(np.int32),
             row_updates=np.array(self._row_updates, dtype=np.int32).reshape(-1, 3),
             starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
-            fail_blocks=frozenset(self._fail),
+            fail_blocks=self.shortages.take_fail_blocks(),
         )
-        self._row_updates, self._starts, self._fail = [], {}, []
+        self._row_updates, self._starts = [], {}
         return meta
 
     def merge(self, step_id: int, report: np.ndarray) -> Growth:
@@ -195,71 +194,27 @@ class DMSManager(SingleTypeKVCacheManager):
             self.block_pool.free_blocks(reversed(tail))
             self.returned_blocks += len(tail)
 
-    # Requests that do not fit.
-
     def should_wait(self) -> bool:
-        """After a running request found too few blocks: leave it be, instead of preempting?
-
-        Yes if it can never fit: it was condemned and ends with an error as soon as the worker
-        repeats its first block to the scheduler. Yes, once, if reports in flight can bring back
-        what is missing. While anyone waits, nobody is admitted.
-        """
-        request_id, needed, missing = self._shortage
-        state = self.states[request_id]
-        ledger = self.ledger
-        reports_due = ledger.scheduled_end[state] > ledger.reported_end[state]
-        if needed > self.num_usable_blocks:
-            if not reports_due and request_id not in self._condemned:
-                self._condemn(request_id, needed)
-            self._admit = False
-            return True
-        if not self.in_flight or ledger.recoverable() < missing:
-            return False
-        deadline = self._waits.setdefault(request_id, self.in_flight[-1].step_id)
-        if self.in_flight[0].step_id > deadline:
-            return False
-        self._admit = False
-        return True
-
-    def _condemn(self, request_id: str, needed: int) -> None:
-        self._condemned.add(request_id)
-        self._fail.append(self.req_to_blocks[request_id][0].block_id)
-        state = self.states[request_id]
-        tokens = int(self.ledger.reported_end[state])
-        kept = self.ledger.live[state] / (self.ledger.num_rows * max(tokens, 1))
-        logger.error(
-            "Request %s ends with an error: it keeps %.0f %% of its %d tokens and needs %d KV "
-            "blocks to go on, but there are only %d. reserve_compression %g let --max-model-len "
-            "count on more compression than this request has. Lower reserve_compression in "
-            "--additional-config or --max-model-len, or raise --gpu-memory-utilization.",
-            request_id,
-            100 * kept,
-            tokens,
-            needed,
-            self.num_usable_blocks,
-            self.spec.reserve_compression,
-        )
+        """Whether the running request that just found too few blocks is left be; see `shortage`."""
+        wait = self.shortages.should_wait(self.num_usable_blocks)
+        # While anyone waits, nobody is admitted.
+        self._admit = not wait
+        return wait
 
     def forget_failed(self, block_ids: Iterable[int]) -> None:
-        """The scheduler has acted on these failed blocks: they may be used again."""
-        for block_id in block_ids:
-            block = self._quarantine.pop(block_id, None)
-            if block is not None:
-                self.block_pool.free_blocks([block])
+        """The scheduler has ended the owners of these failed blocks."""
+        self.block_pool.free_blocks(self.shortages.release(block_ids))
 
-
-def register_cache_spec() -> None:
-    """Make `DMSManager` the manager of `DMSCacheSpec`. Idempotent."""
-    # vLLM registers its own specs only if the table is still empty when it first looks.
-    register_all_kvcache_specs(None)
-    KVCacheSpecRegistry.register(DMSCacheSpec, DMSManager)
+    def request_finishes(self, request_id: str) -> None:
+        """Its blocks are about to be freed for good, not because it is preempted."""
+        self._finishing.add(request_id)
 
 
 def check_integrity(manager: DMSManager) -> None:
     """Every block of the pool is free or owned exactly once; the ledger agrees with the lists."""
     pool, ledger = manager.block_pool, manager.ledger
     held = [b for blocks in manager.req_to_blocks.values() for b in blocks]
-    held += manager._quarantine.values()
+    held += manager.shortages.quarantine.values()
     ids = [b.block_id for b in held]
     assert len(set(ids)) == len(ids), "a block is owned twice"
     assert pool.null_block.block_id not in ids, "the null block is owned"

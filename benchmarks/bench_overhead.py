@@ -1,7 +1,7 @@
 """Host time that DMS adds to a decode step in the scheduler's process, against stock vLLM.
 
 vLLM's own scheduler runs N requests in steady decode, once over `FullAttentionManager`, once over
-`DMSManager` with its connector; the worker is a few array operations outside of the clock. CPU only.
+`DMSManager` with its connector; the worker is a few array operations outside of the clock.
 
     python benchmarks/bench_overhead.py --running 16 128 512 --steps 300 > overhead.json
 """

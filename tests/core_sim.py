@@ -4,7 +4,11 @@ The worker keeps what the device would keep: per request and (layer, head) row t
 pages handed out lowest first from the blocks that it was told of. It never asks the scheduler.
 """
 
+import functools
+import json
+import tempfile
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,13 +30,26 @@ from vllm_dms.core.messages import DMSReport
 from vllm_dms.core.spec import DMSCacheSpec, make_spec
 
 MAX_MODEL_LEN = 256
-LAYERS, HEADS = 2, 2
+CHUNK = 48
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "max_position_embeddings": 65536,
+    "torch_dtype": "float32",
+}
 
 
 def make_layout(**overrides) -> ArenaLayout:
     values = {
-        "num_layers": LAYERS,
-        "num_kv_heads": HEADS,
+        "num_layers": 2,
+        "num_kv_heads": 2,
         "head_dim": 16,
         "window": 15,
         "page_size": 8,
@@ -43,32 +60,42 @@ def make_layout(**overrides) -> ArenaLayout:
     return ArenaLayout(**{**values, **overrides})
 
 
-def make_vllm_config(model_dir, chunk=48, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, **dms):
+@functools.cache
+def make_config(
+    reserve_compression=1.0, chunk=CHUNK, max_model_len=MAX_MODEL_LEN, block_size=16
+) -> tuple[VllmConfig, DMSConfig]:
     plugin.register()
     config = DMSConfig(
-        dialect="nvidia-borrowed", window=15, alpha_scale=1.0, alpha_offset=0.0, shift=1, **dms
+        dialect="nvidia-borrowed",
+        window=15,
+        alpha_scale=1.0,
+        alpha_offset=0.0,
+        shift=1,
+        reserve_compression=reserve_compression,
     )
-    vllm_config = VllmConfig(
-        model_config=ModelConfig(
-            model=str(model_dir),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=max_model_len,
-        ),
-        scheduler_config=SchedulerConfig(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=chunk,
-            max_model_len=max_model_len,
-            is_encoder_decoder=False,
-            async_scheduling=False,
-        ),
-        cache_config=CacheConfig(block_size=16, enable_prefix_caching=False),
-        kv_transfer_config=KVTransferConfig(
-            kv_connector="DMSConnector",
-            kv_connector_module_path="vllm_dms.core.connector",
-            kv_role="kv_producer",
-        ),
-    )
+    with tempfile.TemporaryDirectory() as model_dir:
+        Path(model_dir, "config.json").write_text(json.dumps(MODEL))
+        vllm_config = VllmConfig(
+            model_config=ModelConfig(
+                model=model_dir,
+                skip_tokenizer_init=True,
+                dtype="float32",
+                max_model_len=max_model_len,
+            ),
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=4,
+                max_num_batched_tokens=chunk,
+                max_model_len=max_model_len,
+                is_encoder_decoder=False,
+                async_scheduling=False,
+            ),
+            cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=False),
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="DMSConnector",
+                kv_connector_module_path="vllm_dms.core.connector",
+                kv_role="kv_producer",
+            ),
+        )
     vllm_config.additional_config = {"dms": config.to_dict()}
     return vllm_config, config
 
@@ -145,6 +172,7 @@ class Engine:
         self.max_blocks_held = 0
 
     def add(self, request_id, num_prompt, max_tokens, keep) -> Request:
+        """keep: share of past-window tokens that its rows keep."""
         self.keep[request_id] = keep
         self.finished.pop(request_id, None)
         request = Request(
@@ -229,3 +257,11 @@ class Engine:
             ]
             for r, state in manager.states.items()
         }
+
+
+def make_engine(reserve_compression=1.0, extra_blocks=0, **kwargs) -> Engine:
+    """Over the smallest pool that vLLM's start-up check lets through, and some more."""
+    vllm_config, config = make_config(reserve_compression)
+    spec = make_spec(vllm_config, config, make_layout())
+    num_blocks = spec.max_blocks(MAX_MODEL_LEN) + 1 + extra_blocks
+    return Engine(vllm_config, config, num_blocks, **kwargs)

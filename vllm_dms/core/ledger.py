@@ -161,6 +161,12 @@ class Ledger:
         ends = np.maximum(ends, self.reported_end[states] + REPORT_HORIZON)
         return np.maximum(self.held[states] - self.required(states, ends), 0)
 
+    def live_fraction(self, state: int) -> float:
+        """Share of past-window slots that the request kept, 0 if none was past its window yet."""
+        eligible = self.reported_end.item(state) - self.ring_size
+        kept = self.live.item(state) / self.num_rows - self.ring_size
+        return kept / eligible if eligible > 0 else 0.0
+
     def recoverable(self) -> int:
         """Most blocks that reports of prefill chunks now in flight can bring back."""
         ahead = self.scheduled_end - self.reported_end

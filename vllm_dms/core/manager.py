@@ -42,8 +42,8 @@ class DMSManager(SingleTypeKVCacheManager):
         self._row_updates: list[tuple[int, int, int]] = []
         self._starts: dict[int, int] = {}
         self._admit = True
-        # Blocks of survivors that preempted requests held: what they need at least to come back.
-        self._resume_blocks: dict[str, int] = {}
+        # What preempted requests had kept: the average says little about when they fit again.
+        self._own_fraction: dict[str, float] = {}
         self._finishing: set[str] = set()
 
     # The scheduler's calls.
@@ -69,7 +69,7 @@ class DMSManager(SingleTypeKVCacheManager):
                 return 0
             needed = ledger.required_one(state, num_tokens)
             blocks = self.req_to_blocks[request_id]
-            missing = needed - len(blocks)
+            missing = max(needed - len(blocks), 0)
             if missing > self.block_pool.get_num_free_blocks():
                 first = blocks[0].block_id
                 self.shortages.note(Shortage(request_id, state, first, needed, missing))
@@ -78,8 +78,8 @@ class DMSManager(SingleTypeKVCacheManager):
         if state is None and not (self._admit and self.ledger.num_free):
             return self.block_pool.num_gpu_blocks  # more than there can be: not now
         if apply_admission_cap:
-            estimate = estimate_blocks(self.spec, num_tokens, self.live_fraction.value)
-            estimate = max(estimate, self._resume_blocks.get(request_id, 0))
+            own = self._own_fraction.get(request_id, 0.0)
+            estimate = estimate_blocks(self.spec, num_tokens, max(self.live_fraction.value, own))
             # A request that is alone is let in whatever the guess, so that none waits for ever.
             return max(min(estimate, self.num_usable_blocks) - held, 0)
         return self.spec.dense_blocks(num_tokens)
@@ -116,10 +116,9 @@ class DMSManager(SingleTypeKVCacheManager):
         state = self.states.pop(request_id, None)
         if request_id in self._finishing:
             self._finishing.discard(request_id)
-            self._resume_blocks.pop(request_id, None)
+            self._own_fraction.pop(request_id, None)
         elif state is not None:
-            in_use = self.ledger.pages.item(state)
-            self._resume_blocks[request_id] = -(-in_use // self.ledger.pages_per_block)
+            self._own_fraction[request_id] = self.ledger.live_fraction(state)
         if state is None:
             return blocks
         self.ledger.release(state)

@@ -71,7 +71,7 @@ class Shortages:
         self._waits.pop(request_id, None)
 
     def gone(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
-        """The request finished or was preempted. Takes out of ``blocks`` what can't be freed yet."""
+        """The request gives up its ``blocks``. Takes out of them what can't be freed yet."""
         self._waits.pop(request_id, None)
         if request_id in self.condemned:
             self.condemned.discard(request_id)

@@ -1,0 +1,104 @@
+"""Laws of the ledger and of the admission guess, without a scheduler."""
+
+import numpy as np
+import pytest
+from core_sim import CHUNK, make_engine, make_layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.core.admission import LiveFraction, estimate_blocks
+from vllm_dms.core.ledger import Growth, Ledger
+
+
+def worst_case(live: np.ndarray, tokens: int, size: int) -> int:
+    return int((-(-(live + tokens) // size) - -(-live // size)).sum())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    lag=st.integers(0, 3),
+    keep=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_caps_cover_the_pages_in_use_and_one_element_agrees_with_arrays(chunks, lag, keep, seed):
+    layout = make_layout()
+    ledger, rng = Ledger(layout, 3), np.random.default_rng(seed)
+    for _ in range(2):
+        state = ledger.start()
+    states = np.array([state])
+    live = np.zeros(layout.num_rows, dtype=np.int64)
+    ran, in_flight, end = 0, [], 0
+    for step_id, chunk in enumerate(chunks):
+        end += chunk
+        needed = ledger.required_one(state, end)
+        assert needed == ledger.required(states, np.array([end]))[0]
+        ledger.scheduled_end[state] = end
+        if end > ledger.safe_end[state]:
+            ledger.grow(state, max(needed, int(ledger.held[state])), end)
+        in_flight.append(ledger.make_step(step_id, [state]))
+        if len(in_flight) <= lag:
+            continue
+        step = in_flight.pop(0)
+        for token in range(ran, step.ends[0]):
+            live += 1 if token < layout.ring_size else rng.random(len(live)) < keep
+        ran = step.ends[0]
+        pages = int((-(-live // layout.page_size)).sum())
+        assert pages <= ledger.held[state] * layout.pages_per_block
+        need = [worst_case(live, k, layout.page_size) for k in range(1, REPORT_HORIZON + 1)]
+        ledger.merge(step, np.array([[pages, *need, live.sum()]], dtype=np.int32))
+        ledger.shrink(states, ledger.surplus(states))
+        # The held blocks suffice for safe_end, and for no further token of a bound we know.
+        safe_end = int(ledger.safe_end[state])
+        assert safe_end >= end
+        if safe_end > end:
+            assert ledger.required_one(state, safe_end) <= ledger.held[state]
+            assert ledger.required_one(state, safe_end + 1) > ledger.held[state]
+
+
+def test_reports_of_former_owners_of_a_state_index_are_dropped():
+    ledger = Ledger(make_layout(), 1)
+    state = ledger.start()
+    ledger.scheduled_end[state] = 10
+    ledger.grow(state, 8, 10)
+    stale = ledger.make_step(1, [state])
+    ledger.release(state)
+    assert ledger.start() == state
+    report = np.full((1, REPORT_HORIZON + 2), 5)
+    states, growth = ledger.merge(stale, report)
+    assert len(states) == 0 and growth == Growth(0, 0)
+    assert ledger.pages[state] == 0
+
+
+def test_pages_beyond_the_blocks_held_are_an_error():
+    ledger = Ledger(make_layout(), 1)
+    state = ledger.start()
+    ledger.scheduled_end[state] = 10
+    ledger.grow(state, 1, 10)  # 8 pages
+    report = np.zeros((1, REPORT_HORIZON + 2), dtype=np.int32)
+    report[0, 0] = 9
+    with pytest.raises(RuntimeError, match="beyond the blocks held"):
+        ledger.merge(ledger.make_step(1, [state]), report)
+
+
+# Admission.
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 48, 49, 100, 256])
+def test_the_estimate_is_dense_at_first_and_at_least_a_chunk_when_all_is_evicted(num_tokens):
+    spec = make_engine(1.0).spec
+    chunk = spec.dense_blocks(min(num_tokens, CHUNK))
+    assert estimate_blocks(spec, num_tokens, 1.0) == spec.dense_blocks(num_tokens)
+    assert chunk <= estimate_blocks(spec, num_tokens, 0.0) <= spec.dense_blocks(num_tokens)
+
+
+def test_the_live_fraction_starts_at_one_and_follows_what_is_kept():
+    fraction = LiveFraction(num_rows=10)
+    assert fraction.value == 1.0
+    for _ in range(1000):
+        fraction.add(Growth(eligible=10_000, kept=1_250))
+    assert fraction.value == pytest.approx(0.125, abs=0.01)
+    for _ in range(1000):
+        fraction.add(Growth(eligible=10_000, kept=5_000))
+    assert fraction.value == pytest.approx(0.5, abs=0.01)

@@ -15,27 +15,30 @@ logger = logging.getLogger("vllm.vllm_dms")
 
 TESTED_VERSIONS = ("0.32.0",)
 
-# What the plugin builds on, "module:attribute.path", and what for.
+# What the plugin builds on, "module:attribute.path", and what for. Listed is what a newer vLLM may
+# rename without an import error in the plugin itself: what is overridden, filled in or patched.
+_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1."
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager."
 REQUIRED_HOOKS = {
     "vllm.config.cache:CacheDType": "the flag --kv-cache-dtype",
     "vllm.config.vllm:VllmConfig.try_verify_and_update_config": "checks before the engine starts",
-    "vllm.config:KVTransferConfig": "the channel between scheduler and worker",
-    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.bind_kv_cache_manager": (
-        "the channel between scheduler and worker"
-    ),
-    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorWorkerMetadata.aggregate": (
-        "reports of the pages in use"
-    ),
-    "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec": "the backend",
+    "vllm.config:CompilationConfig._attention_ops": "CUDA graphs around attention",
+    "vllm.model_executor.models.registry:ModelRegistry.inspect_model_cls": "the models",
     "vllm.model_executor.models.registry:ModelRegistry.register_model": "the models",
-    "vllm.v1.attention.backends.registry:register_backend": "the backend",
-    "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM": "the backend",
-    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.allocate_new_blocks": (
-        "blocks that follow the survivors"
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs": "the KV cache spec",
-    "vllm.v1.kv_cache_interface:AttentionSpec": "the KV cache spec",
+    "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": "the KV cache spec",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM": "the attention backend",
+    "vllm.v1.attention.backends.registry:register_backend": "the attention backend",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": "the KV cache spec",
+    "vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs": "the KV cache spec",
+    _MANAGER + "get_num_blocks_to_allocate": "blocks that follow the survivors",
+    _MANAGER + "allocate_new_blocks": "blocks that follow the survivors",
+    _CONNECTOR + "bind_kv_cache_manager": "the channel from scheduler to worker",
+    _CONNECTOR + "build_connector_meta": "the channel from scheduler to worker",
+    _CONNECTOR + "start_load_kv": "the channel from scheduler to worker",
+    _CONNECTOR + "build_connector_worker_meta": "reports of the pages in use",
+    _CONNECTOR + "update_connector_output": "reports of the pages in use",
+    _CONNECTOR + "has_pending_block_frees": "waiting for blocks that are about to return",
+    _CONNECTOR + "get_block_ids_with_load_errors": "ending a request that can never fit",
 }
 
 
@@ -149,8 +152,12 @@ def wrap_config_hook(configure: Callable[[typing.Any], None]) -> None:
         model config; a plugin can't see the other architectures.
     Change: `VllmConfig.try_verify_and_update_config` calls `configure` first, on every call that
         has a model. vLLM calls it again on copies of a config, so `configure` must be idempotent.
-    Remove when: vLLM lets a plugin register a configuration hook for every architecture.
+    Remove when: vLLM has `register_config_hook` (offered in `patches/`), used here if there.
     """
+    module = typing.cast(typing.Any, importlib.import_module("vllm.config.vllm"))
+    if hasattr(module, "register_config_hook"):
+        module.register_config_hook(configure)
+        return
     name = "vllm.config.vllm:VllmConfig.try_verify_and_update_config"
     original = typing.cast(typing.Any, resolve_hook(name))
     if getattr(original, "__wrapped_by__", None) == __name__:
@@ -163,5 +170,4 @@ def wrap_config_hook(configure: Callable[[typing.Any], None]) -> None:
         original(self)
 
     try_verify_and_update_config.__wrapped_by__ = __name__  # type: ignore[attr-defined]
-    vllm_config = typing.cast(typing.Any, importlib.import_module("vllm.config.vllm")).VllmConfig
-    vllm_config.try_verify_and_update_config = try_verify_and_update_config
+    module.VllmConfig.try_verify_and_update_config = try_verify_and_update_config

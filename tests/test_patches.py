@@ -1,0 +1,179 @@
+"""Run-time patches of vLLM, the hooks they need, and the diffs that would replace them."""
+
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import vllm
+
+from vllm_dms import compat
+
+PATCHES = Path(__file__).parents[1] / "patches"
+DIFFS = sorted(path.name for path in PATCHES.glob("*.diff"))
+VLLM = Path(vllm.__path__[0])
+
+
+def touched_files(diff):
+    return re.findall(r"^\+\+\+ b/vllm/(\S+)", (PATCHES / diff).read_text(), re.M)
+
+
+def ledger_rows():
+    """Cells of each row of the table: diff, target, why, run-time patch, remove when."""
+    lines = (PATCHES / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    return [row for row in rows if row[0].endswith(".diff`")]
+
+
+def code_names(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize("diff", DIFFS)
+def test_a_diff_applies_to_the_installed_vllm_and_compiles(diff, tmp_path):
+    files = touched_files(diff)
+    assert files
+    for name in files:
+        (tmp_path / "vllm" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(VLLM / name, tmp_path / "vllm" / name)
+    done = subprocess.run(
+        ["patch", "-p1", "--fuzz=0", "--directory", tmp_path, "--input", PATCHES / diff],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "offset" not in done.stdout, done.stdout
+    for name in files:
+        source = (tmp_path / "vllm" / name).read_text()
+        compile(source, name, "exec")
+
+
+def test_the_ledger_names_every_diff_with_the_files_it_touches():
+    ledger = {code_names(row[0])[0]: code_names(row[1]) for row in ledger_rows()}
+    assert ledger == {diff: touched_files(diff) for diff in DIFFS}
+
+
+def test_the_ledger_names_exactly_the_run_time_patches():
+    patches = {
+        name
+        for name, function in inspect.getmembers(compat, inspect.isfunction)
+        if "Remove when:" in (function.__doc__ or "")
+    }
+    named = {name for row in ledger_rows() for name in code_names(row[3])}
+    assert named == patches == {"patch_cache_dtype", "wrap_config_hook"}
+
+
+@pytest.mark.parametrize("name", ["patch_cache_dtype", "wrap_config_hook"])
+def test_a_run_time_patch_says_what_it_is(name):
+    doc = getattr(compat, name).__doc__
+    assert re.findall(r"^    (\w[\w ]*):", doc, re.M) == [
+        "Symptom",
+        "Cause",
+        "Change",
+        "Remove when",
+    ]
+
+
+def test_every_required_hook_is_there():
+    compat.check_hooks()
+
+
+def test_the_error_names_each_hook_that_is_gone():
+    gone = "vllm.config.cache:CacheConfig.no_such_attribute"
+    moved = "vllm.no_such_module:anything"
+    with pytest.raises(compat.MissingHookError) as error:
+        compat.check_hooks({**compat.REQUIRED_HOOKS, gone: "purpose one", moved: "purpose two"})
+    message = str(error.value)
+    assert f"{gone} (purpose one)" in message and f"{moved} (purpose two)" in message
+    assert vllm.__version__ in message and "CacheDType" not in message
+
+
+def test_a_patch_whose_target_was_renamed_names_it(monkeypatch):
+    import vllm.config.cache as cache
+
+    monkeypatch.delattr(cache, "CacheDType")
+    with pytest.raises(compat.MissingHookError, match=r"vllm\.config\.cache:CacheDType"):
+        compat.patch_cache_dtype()
+
+
+def test_an_untested_version_is_warned_about_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(compat.logger, "warning", lambda text, *args: warnings.append(text % args))
+    assert compat.check_vllm_version()
+    compat.check_vllm_version.cache_clear()
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.0")
+    assert not compat.check_vllm_version()
+    assert not compat.check_vllm_version()
+    compat.check_vllm_version.cache_clear()
+    assert len(warnings) == 1
+    assert "0.99.0" in warnings[0] and "0.32.0" in warnings[0]
+
+
+def test_patching_the_cache_dtype_twice_adds_it_once():
+    from vllm.config.cache import CacheDType
+
+    for _ in range(2):
+        compat.patch_cache_dtype()
+    values = typing.get_args(CacheDType)
+    assert values.count("dms") == values.count("dms_fp8") == 1
+    assert {"auto", "fp8", "bfloat16"} < set(values)
+
+
+def test_the_dtype_is_registered_where_vllm_has_a_way_to(monkeypatch):
+    import torch
+    import vllm.config.cache as cache
+
+    handlers, names = {}, ["auto"]
+
+    def register_kv_cache_dtype(name):
+        def decorate(handler_class):
+            names.append(name)
+            handlers[name] = handler_class()
+            return handler_class
+
+        return decorate
+
+    monkeypatch.setattr(cache, "KV_CACHE_DTYPES", names, raising=False)
+    monkeypatch.setattr(cache, "register_kv_cache_dtype", register_kv_cache_dtype, raising=False)
+    for _ in range(2):
+        compat.patch_cache_dtype()
+    assert names == ["auto", "dms", "dms_fp8"]
+    assert handlers["dms"].name == "dms"
+    assert handlers["dms"].torch_dtype() is torch.bfloat16
+    assert not handlers["dms_fp8"].is_quantized()
+    assert handlers["dms"].quant_mode().name == "NONE"
+
+
+class FakeConfig:
+    def __init__(self, model):
+        self.model_config, self.calls = model, []
+
+    def try_verify_and_update_config(self):
+        self.calls.append("vllm")
+
+
+def test_the_config_hook_runs_first_for_every_model_and_is_wrapped_once(monkeypatch):
+    import vllm.config.vllm as module
+
+    class Config(FakeConfig):
+        try_verify_and_update_config = FakeConfig.try_verify_and_update_config
+
+    monkeypatch.setattr(module, "VllmConfig", Config)
+    for _ in range(2):
+        compat.wrap_config_hook(lambda config: config.calls.append("dms"))
+    with_model, without_model = Config(model="any architecture"), Config(model=None)
+    for config in (with_model, without_model):
+        config.try_verify_and_update_config()
+    assert with_model.calls == ["dms", "vllm"]
+    assert without_model.calls == ["vllm"]
+
+
+def test_importing_the_package_imports_nothing_that_can_fail():
+    # vLLM swallows errors of a plugin's import, so that such a plugin is silently absent.
+    code = "import sys, vllm_dms; print([m for m in ('torch', 'vllm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

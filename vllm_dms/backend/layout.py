@@ -8,7 +8,7 @@ A request holds, per (layer, KV head), one gapless run of slots::
             t mod (W+1)       is copied here, in the order of its position
 
 Slots live in pages of ``page_size`` slots of one (layer, head). A page is ``K[P, D]``, then
-``V[P, D]``, then, for FP8 storage, ``k_scale[P]`` and ``v_scale[P]`` in bfloat16. vLLM's KV
+``V[P, D]``, then, for FP8 storage, bfloat16 scales ``[P, 2]`` of K and V. vLLM's KV
 allocation is read as one array of pages: block ``b`` is pages ``[b * pages_per_block,
 (b + 1) * pages_per_block)``, which any layer and head of the request that owns it may take.
 """

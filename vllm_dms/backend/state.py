@@ -87,10 +87,9 @@ def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor
     v = part(kv_bytes, kv_bytes, layout.storage_dtype).unflatten(1, shape[1:])
     if not layout.quantized:
         return k, v, None, None
-    scale_bytes = layout.page_size * SCALE_DTYPE.itemsize
-    k_scales = part(2 * kv_bytes, scale_bytes, SCALE_DTYPE)
-    v_scales = part(2 * kv_bytes + scale_bytes, scale_bytes, SCALE_DTYPE)
-    return k, v, k_scales, v_scales
+    scales = part(2 * kv_bytes, 2 * layout.page_size * SCALE_DTYPE.itemsize, SCALE_DTYPE)
+    scales = scales.unflatten(1, (layout.page_size, 2))
+    return k, v, scales[..., 0], scales[..., 1]
 
 
 @dataclass(frozen=True)

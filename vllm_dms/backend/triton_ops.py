@@ -34,6 +34,7 @@ class Tuning:
     """Block sizes: speed only, never the result beyond rounding."""
 
     decode_block: int = 64  # slots per tile
+    decode_rows: int = 16  # query heads per tile, the rest of them padding
     decode_warps: int = 4
     decode_stages: int = 3
     programs: int = 0  # of decode; 0: two per multiprocessor
@@ -273,6 +274,6 @@ class TritonOps:
         decode_kernel[(schedule.PROGRAMS,)](
             query, output, query.stride(0), output.stride(0), state_args, schedule,
             layer, scale * LOG2_E, geo,
-            G=self.group, G_PAD=pad, BLOCK_M=max(16, pad), BLOCK_N=tuning.decode_block,
+            G=self.group, G_PAD=pad, BLOCK_M=max(self.tuning.decode_rows, pad), BLOCK_N=tuning.decode_block,
             BLOCK_MERGE=merge, num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
         )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+NO_SCORE = tl.constexpr(-1.0e30)  # finite, so that exp2 of a difference is never NaN
+
 
 class Geometry(NamedTuple):
     """Sizes fixed for a worker, all ``tl.constexpr``: one compilation each."""
@@ -27,7 +29,7 @@ class Geometry(NamedTuple):
 
 
 class StateArgs(NamedTuple):
-    """Pointers of `ArenaState`. A page is K[P, D], V[P, D], k_scale[P], v_scale[P]."""
+    """Pointers of `ArenaState`. A page is K[P, D], V[P, D], scales[P, 2]."""
 
     pages: Any  # K of page 0, in the storage dtype
     scales: Any  # k_scale of page 0, bfloat16; None unless QUANTIZED
@@ -84,6 +86,16 @@ def page_of(state, geo, row, slot, mask):
 
 
 @triton.jit
+def tile_pages(state, row, live, tile, geo, BLOCK_N: tl.constexpr):
+    """The page of a tile of BLOCK_N slots, or the page of each of its slots."""
+    if BLOCK_N <= geo.P:
+        return page_of(state, geo, row, tile * BLOCK_N, tile * BLOCK_N < live)
+    else:
+        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        return page_of(state, geo, row, slot, slot < live)
+
+
+@triton.jit
 def slot_offset(page, slot, geo):
     """Where K of a slot is, in elements of ``pages``; V is P * D further."""
     elements: tl.constexpr = geo.P * (2 * geo.D + (4 if geo.QUANTIZED else 0))
@@ -92,8 +104,8 @@ def slot_offset(page, slot, geo):
 
 @triton.jit
 def scale_offset(page, slot, geo):
-    """Where k_scale of a slot is, in elements of ``scales``; v_scale is P further."""
-    return page.to(tl.int64) * (geo.P * (geo.D + 2)) + slot % geo.P
+    """Where k_scale of a slot is, in elements of ``scales``; v_scale is the next."""
+    return page.to(tl.int64) * (geo.P * (geo.D + 2)) + slot % geo.P * 2
 
 
 @triton.jit
@@ -143,7 +155,7 @@ def write_slots(state, geo, page, slot, k, v, mask):
         v, v_scale = quantize(v)
         scale_ptr = state.scales + scale_offset(page, slot, geo)
         tl.store(scale_ptr, k_scale.to(tl.bfloat16), mask=mask)
-        tl.store(scale_ptr + geo.P, v_scale.to(tl.bfloat16), mask=mask)
+        tl.store(scale_ptr + 1, v_scale.to(tl.bfloat16), mask=mask)
     tl.store(ptr, k, mask=mask_d)
     tl.store(ptr + geo.P * geo.D, v, mask=mask_d)
 
@@ -161,8 +173,8 @@ def copy_slots(state, geo, src_page, src, dst_page, dst, mask):
         src_scale = state.scales + scale_offset(src_page, src, geo)
         dst_scale = state.scales + scale_offset(dst_page, dst, geo)
         k_scale = tl.load(src_scale, mask=mask)
-        v_scale = tl.load(src_scale + geo.P, mask=mask)
+        v_scale = tl.load(src_scale + 1, mask=mask)
         tl.store(dst_scale, k_scale, mask=mask)
-        tl.store(dst_scale + geo.P, v_scale, mask=mask)
+        tl.store(dst_scale + 1, v_scale, mask=mask)
     tl.store(dst_ptr, k, mask=mask_d)
     tl.store(dst_ptr + geo.P * geo.D, v, mask=mask_d)

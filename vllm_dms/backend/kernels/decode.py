@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from vllm_dms.backend.kernels.common import (
-    page_of,
-    row_index,
-    scale_offset,
-    slot_offset,
-)
-
-NO_SCORE = tl.constexpr(-1.0e30)  # finite, so that exp2 of a difference is never NaN
-
+from vllm_dms.backend.kernels.common import NO_SCORE, row_index, slot_offset, tile_pages
+from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
 
 class Schedule(NamedTuple):
     """Decode rows of a step, in order, and what programs tell each other.
@@ -112,43 +105,29 @@ def load_tile(ptr, offsets, mask, geo):
 def attend_row(q, q_scale, state, row, live, first, end, geo, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Online softmax of q [BLOCK_M, D_PAD] over tiles [first, end) of a row.
 
-    q_scale [BLOCK_M] turns a dot product into a base-2 score. FP8: K and V are exact in q's dtype,
-    so k_scale goes to the scores and v_scale to the weights, relative to the largest v_scale so far.
+    q_scale [BLOCK_M] turns a dot product into a base-2 score.
     """
     offs_n = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, geo.D_PAD], tl.float32)
-    unit = 1.0e-30  # acc counts in units of this v_scale
+    page = tile_pages(state, row, live, first, geo, BLOCK_N)
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
         mask = slot < live
-        if BLOCK_N <= geo.P:  # one page
-            page = page_of(state, geo, row, tile * BLOCK_N, tile * BLOCK_N < live)
-        else:
-            page = page_of(state, geo, row, slot, mask)
         offsets = slot_offset(page, slot, geo)
-        k = load_tile(state.pages, offsets, mask, geo).to(q.dtype)
+        # One tile ahead: the compiler then prefetches K and V without waiting for a page.
+        page = tile_pages(state, row, live, tile + 1, geo, BLOCK_N)
+        k = load_tile(state.pages, offsets, mask, geo)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * q_scale[:, None]
-        if geo.QUANTIZED:
-            scale_ptr = state.scales + scale_offset(page, slot, geo)
-            scores *= tl.load(scale_ptr, mask=mask, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(mask[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, 1)
-        if geo.QUANTIZED:
-            v_scale = tl.load(scale_ptr + geo.P, mask=mask, other=0.0).to(tl.float32)
-            new_unit = tl.maximum(unit, tl.max(v_scale, 0))
-            weights *= (v_scale / new_unit)[None, :]
-            decay *= unit / new_unit
-            unit = new_unit
-        v = load_tile(state.pages + geo.P * geo.D, offsets, mask, geo).to(q.dtype)
+        v = load_tile(state.pages + geo.P * geo.D, offsets, mask, geo)
         acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision="ieee")
         top = new_top
-    if geo.QUANTIZED:
-        acc *= unit
     return acc, top, total
 
 
@@ -225,16 +204,21 @@ def decode_kernel(
 
         q = tl.load(query_ptr + token * stride_query + h * G * geo.D + offs_q, mask=mask_q, other=0.0)
         q_scale = tl.full([BLOCK_M], 1.0, tl.float32) * score_scale
-        if geo.QUANTIZED and q.dtype != tl.float32:
-            # float16 holds every e4m3 value and converts fastest; q is scaled to fit its range.
+        first = tile - row_begin
+        if geo.QUANTIZED:
+            # q is scaled to fit the range of float16, into which FP8 widens without loss.
             q = q.to(tl.float32)
             largest = tl.max(tl.abs(q), 1)
             largest = tl.where(largest == 0, 1.0, largest)
             q = (q / largest[:, None]).to(tl.float16)
-            q_scale *= largest
-        acc, top, total = attend_row(
-            q, q_scale, state, row, live, tile - row_begin, end - row_begin, geo, BLOCK_M, BLOCK_N
-        )
+            acc, top, total = attend_row_fp8(
+                q, q_scale * largest, state, row, live, first, end - row_begin, geo,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            acc, top, total = attend_row(
+                q, q_scale, state, row, live, first, end - row_begin, geo, BLOCK_M, BLOCK_N
+            )
 
         out_ptr = output_ptr + token * stride_output + h * G * geo.D
         if (tile == row_begin) & (end == row_end):

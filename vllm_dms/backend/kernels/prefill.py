@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_dms.backend.kernels.common import (
+    NO_SCORE,
     find_request,
     load_request,
     page_of,
@@ -17,9 +18,6 @@ from vllm_dms.backend.kernels.common import (
     scale_offset,
     slot_offset,
 )
-
-NO_SCORE = tl.constexpr(-1.0e30)  # finite, so that exp2 of a difference is never NaN
-
 
 @triton.jit
 def attend_tile(q, k, v, acc, top, total, score_scale, visible, MASKED: tl.constexpr):
@@ -53,7 +51,7 @@ def load_slots(state, page, slot, mask, dtype: tl.constexpr, geo, MASKED: tl.con
     if geo.QUANTIZED:
         scale_ptr = state.scales + scale_offset(page, slot, geo)
         k_scale = tl.load(scale_ptr, mask=mask, other=0.0).to(tl.float32)
-        v_scale = tl.load(scale_ptr + geo.P, mask=mask, other=0.0).to(tl.float32)
+        v_scale = tl.load(scale_ptr + 1, mask=mask, other=0.0).to(tl.float32)
         k = k.to(tl.float32) * k_scale[:, None]
         v = v.to(tl.float32) * v_scale[:, None]
     return k.to(dtype), v.to(dtype)

@@ -35,18 +35,20 @@ class Tuning:
 
     decode_block: int = 64  # slots per tile
     decode_rows: int = 16  # query heads per tile, the rest of them padding
-    decode_warps: int = 4
-    decode_stages: int = 3
-    programs: int = 0  # of decode; 0: two per multiprocessor
+    decode_warps: int = 2
+    decode_stages: int = 2
+    programs: int = 0  # of decode; 0: four per multiprocessor
     min_tiles: int = 1  # of a decode program
-    prefill_rows: int = 128  # (query token, head of the group) pairs per program
+    prefill_rows: int = 64  # (query token, head of the group) pairs per program
     prefill_block: int = 64  # keys per tile
-    prefill_warps: int = 8
+    prefill_warps: int = 4
     prefill_stages: int = 3
     copy_block: int = 32  # tokens per program of the copying kernels
 
 
 def default_tuning(layout: ArenaLayout, device: torch.device) -> Tuning:
+    if layout.quantized:
+        return Tuning(decode_stages=3)
     if layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         return Tuning(decode_block=32, decode_stages=2, prefill_rows=32, prefill_block=32)
     return Tuning()
@@ -105,7 +107,7 @@ class TritonOps:
             sms = 4  # under the interpreter
             if self.device.type == "cuda":
                 sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-            programs = 2 * sms
+            programs = 4 * sms
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)

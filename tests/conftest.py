@@ -71,3 +71,12 @@ def make_engine():
         return live[key]
 
     return make
+
+
+@pytest.fixture
+def fresh_connector(monkeypatch):
+    """vLLM keeps one worker connector per process and expects it of every engine there: an engine
+    without one can't run beside one that has it, whichever connector it is."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)

@@ -3,6 +3,7 @@
 import pytest
 from checkpoints import random_tokens
 
+from vllm_dms.backend.runtime import get_runtime
 from vllm_dms.core.manager import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
 
@@ -88,10 +89,21 @@ def test_log_probabilities_are_the_references_on_the_gpu(checkpoint, make_engine
 
 
 @pytest.mark.gpu
-def test_log_probabilities_are_the_references_with_graphs_and_compile(checkpoint, make_engine):
+def test_64_mixed_requests_with_graphs_and_compile(checkpoint, make_engine):
+    """Each alone in the reference, all together in the engine; warm-up and capture left nothing."""
     path = checkpoint(**DIALECTS["borrowed"])
-    args = engine_args(512, enforce_eager=False, gpu_memory_utilization=0.2)
-    check_exact(path, make_engine(path, **args), prompts())
+    args = engine_args(512, enforce_eager=False, gpu_memory_utilization=0.2, max_num_seqs=64)
+    llm = make_engine(path, **args | {"kv_cache_memory_bytes": 128 << 20})
+    core = llm.llm_engine.engine_core.engine_core
+    assert core.vllm_config.scheduler_config.async_scheduling
+    runner = core.model_executor.driver_worker.worker.model_runner
+    assert "vllm.v1.worker.gpu.model_runner" in type(runner).__module__
+    state = get_runtime(core.vllm_config).state
+    for tensor in (state.live, state.page_table, state.pages_used, state.evict_ring):
+        assert not tensor.any()
+    lengths = [20 + 37 * i % 900 for i in range(64)]
+    check_exact(path, llm, prompts(lengths, seed=100))
+    assert not state.live[0].any() and not state.page_table[0].any()
 
 
 def test_live_counts_reach_the_client(checkpoint, make_engine):

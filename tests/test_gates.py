@@ -8,7 +8,6 @@ import pytest
 from checkpoints import make_checkpoint, random_tokens
 from safetensors.torch import load_file, save_file
 from test_exact import engine_args, generate, sampling
-from vllm.distributed.kv_transfer import kv_transfer_state
 
 
 def engine_config(path, **kwargs):
@@ -136,13 +135,6 @@ def vllm_warnings(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
-
-
-@pytest.fixture
-def fresh_connector(monkeypatch):
-    """vLLM keeps one worker connector per process and expects it of every engine there: an engine
-    without one can't run beside one that has it, whichever connector it is."""
-    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)
 
 
 @pytest.mark.parametrize("dialect", ["nvidia-borrowed", "nvidia-adapter", "fastdms"])

@@ -11,7 +11,10 @@ import logging
 import typing
 from collections.abc import Callable, Iterable
 
-logger = logging.getLogger("vllm.vllm_dms")
+# vLLM gives handlers and a level to the loggers below "vllm" only; this package's join them. Without
+# it warnings come bare and the start-up banner not at all.
+logging.getLogger("vllm_dms").parent = logging.getLogger("vllm")
+logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.32.0",)
 

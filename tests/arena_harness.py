@@ -46,8 +46,11 @@ class Sequence:
         evict = reference.evicted((decisions & config.evict).T, config.shift)
         mask = reference.visible(evict, config.window)
         return reference.attention(
-            self.query.transpose(0, 1), self.key.transpose(0, 1), self.value.transpose(0, 1),
-            mask, scale,
+            self.query.transpose(0, 1),
+            self.key.transpose(0, 1),
+            self.value.transpose(0, 1),
+            mask,
+            scale,
         ).transpose(0, 1)
 
 
@@ -55,11 +58,20 @@ class Harness:
     """An arena with its pages poisoned, blocks handed out at random, and a feed of batches."""
 
     def __init__(
-        self, ops, config, layout: ArenaLayout, num_seqs=4, max_tokens=512, device="cpu", poison=True
+        self,
+        ops,
+        config,
+        layout: ArenaLayout,
+        num_seqs=4,
+        max_tokens=512,
+        device="cpu",
+        poison=True,
     ):
         self.ops, self.config, self.layout, self.device = ops, config, layout, device
         num_blocks = 1 + num_seqs * layout.max_blocks_per_request
-        storage = torch.full((num_blocks * layout.block_bytes,), 0, dtype=torch.uint8, device=device)
+        storage = torch.full(
+            (num_blocks * layout.block_bytes,), 0, dtype=torch.uint8, device=device
+        )
         self.state = allocate_state(storage, layout, num_blocks, num_seqs)
         if poison:
             storage.fill_(0xFF)  # NaN in every float format
@@ -142,5 +154,7 @@ def gather_row(state, index, layer, head):
     size = state.layout.page_size
     slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
     pages = state.page_table[index, layer, head][slots // size].long()
-    parts = [p for p in (state.k_pages, state.v_pages, state.k_scales, state.v_scales) if p is not None]
+    parts = [
+        p for p in (state.k_pages, state.v_pages, state.k_scales, state.v_scales) if p is not None
+    ]
     return [p.float()[pages, slots % size] for p in parts]

@@ -1,6 +1,7 @@
 """Run an engine in processes of its own: spawned_engine.py JSON OUT_FILE.
 
-JSON: {"model", "args", "prompts", "max_tokens"}. OUT_FILE: per prompt [token ids, [{token: logprob}]].
+JSON: {"model", "args", "prompts", "max_tokens"}.
+OUT_FILE: per prompt [token ids, [{token: logprob}]].
 """
 
 import json

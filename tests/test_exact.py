@@ -184,7 +184,7 @@ def test_a_channel_left_in_attention_is_noticed(checkpoint, make_engine, monkeyp
 
 
 def test_a_request_that_can_never_fit_ends_with_an_error_and_others_go_on(checkpoint, make_engine):
-    """reserve_compression lets max_model_len exceed the pool, which then nothing is evicted from."""
+    """reserve_compression lets max_model_len exceed the pool, and then nothing is evicted."""
     path = checkpoint(**DIALECTS["borrowed"])
     overrides = {"dms": {"reserve_compression": 8, "evict": False}}
     llm = make_engine(

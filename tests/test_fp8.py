@@ -39,8 +39,9 @@ def test_fp8_pages_are_half_as_large_and_stay_close(checkpoint, make_engine):
     assert 0 < mean_kl(exact, fp8) < 0.05
     sizes = [
         get_runtime(
-            make_engine(path, **engine_args(48, kv_cache_dtype=t, dtype="bfloat16", max_logprobs=-1))
-            .llm_engine.vllm_config
+            make_engine(
+                path, **engine_args(48, kv_cache_dtype=t, dtype="bfloat16", max_logprobs=-1)
+            ).llm_engine.vllm_config
         ).layout.page_bytes
         for t in ("dms", "dms_fp8")
     ]

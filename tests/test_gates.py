@@ -30,8 +30,13 @@ def edit_config(path, out_dir, **changes):
 
 REFUSED = {
     "speculation": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
-                                "prompt_lookup_max": 2}},
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "prompt_lookup_max": 2,
+            }
+        },
         "--speculative-config",
     ),
     "a KV connector": (
@@ -65,10 +70,19 @@ def test_what_is_not_supported_is_refused_by_name(checkpoint, name):
         ({"dms_window_size": None}, "dms_window_size"),
         ({"dms_alpha_scale": "100"}, "dms_alpha_scale"),
         ({"dms_new_key": 1}, "dms_new_key"),
-        ({"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"type": "float"}}},
-         "kv_cache_scheme"),
-        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
-          "use_sliding_window": True, "max_window_layers": 1}, "sliding-window"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"type": "float"}}},
+            "kv_cache_scheme",
+        ),
+        (
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            "sliding-window",
+        ),
     ],
     ids=["missing", "mistyped", "unknown", "fp8 KV", "sliding window"],
 )
@@ -106,9 +120,7 @@ def test_adapter_weights_must_match_the_config(make_engine, tmp_path, dialect, d
 def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):
     overrides = {"dms": {"page_size": 4096}}
     with pytest.raises(ValueError, match="not a multiple of page_size 4096"):
-        make_engine(
-            checkpoint("nvidia-borrowed"), **engine_args(96, additional_config=overrides)
-        )
+        make_engine(checkpoint("nvidia-borrowed"), **engine_args(96, additional_config=overrides))
 
 
 def test_prefix_caching_is_turned_off(checkpoint):

@@ -30,7 +30,11 @@ def test_two_spawned_workers_are_exact(checkpoint, tmp_path, dialect):
     script = Path(__file__).with_name("spawned_engine.py")
     run = subprocess.run(
         [sys.executable, str(script), json.dumps(job), str(tmp_path / "out.json")],
-        env=env, capture_output=True, text=True, timeout=300, check=False,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     outputs = json.loads((tmp_path / "out.json").read_text())

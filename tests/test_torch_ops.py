@@ -7,7 +7,8 @@ from arena_harness import Harness, Sequence, feed, make_config
 from vllm_dms import reference
 from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout
 from vllm_dms.backend.ops import REPORT_HORIZON, report
-from vllm_dms.backend.torch_ops import TorchOps, quantize
+from vllm_dms.backend.torch_ops import TorchOps
+from vllm_dms.backend.torch_pages import quantize
 
 
 def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=1):

@@ -14,9 +14,7 @@ from vllm_dms.backend.triton_ops import TritonOps, Tuning
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Small tiles, so that short rows have several, and are shared by several programs.
-SMALL = Tuning(
-    programs=8, decode_block=16, prefill_rows=16, prefill_block=16, copy_block=16
-)
+SMALL = Tuning(programs=8, decode_block=16, prefill_rows=16, prefill_block=16, copy_block=16)
 CHUNKS = [(256,), (33, 1, 5, 1), (64, 17)]
 
 

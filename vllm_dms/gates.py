@@ -86,7 +86,7 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         ),
         "--pipeline-parallel-size is above 1, but reports of pages in use come from one stage "
         "only. Use --tensor-parallel-size instead.": parallel.pipeline_parallel_size > 1,
-        "dual-batch overlap is on, but DMS keeps one step's state at a time. Remove --enable-dbo.": (
+        "--enable-dbo is set, but DMS keeps one step's state at a time. Remove it.": (
             parallel.use_ubatching
         ),
         "--enable-lora is set, but adapters on q_proj would change eviction decisions, which is "
@@ -117,8 +117,9 @@ def _fp8_kv(hf_config: Any) -> bool:
         quantization = quantization.to_dict()
     nested = quantization.get("quantization") or {}
     return any(
-        section.get(key) for section in (quantization, nested) for key in
-        ("kv_cache_scheme", "kv_cache_quant_algo")
+        section.get(key)
+        for section in (quantization, nested)
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo")
     )
 
 
@@ -167,7 +168,7 @@ def _warn_if_dense(vllm_config: VllmConfig) -> None:
     if overrides is not None:
         raise ValueError(
             f'--additional-config has "dms": {overrides!r}, but --kv-cache-dtype is '
-            f'{vllm_config.cache_config.cache_dtype!r}, so it would have no effect. Add '
+            f"{vllm_config.cache_config.cache_dtype!r}, so it would have no effect. Add "
             "--kv-cache-dtype dms or remove the setting."
         )
     if not set(getattr(model.hf_config, "architectures", None) or []) & set(ARCHITECTURES):

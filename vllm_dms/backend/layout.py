@@ -81,7 +81,7 @@ class ArenaLayout:
 
     @property
     def max_pages_per_row(self) -> int:
-        """Pages of one (layer, head) of a request of ``max_model_len`` of which nothing is evicted."""
+        """Pages of one row of a request of ``max_model_len`` of which nothing is evicted."""
         return -(-self.max_model_len // self.page_size)
 
     @property

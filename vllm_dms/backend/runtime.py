@@ -1,4 +1,4 @@
-"""One worker's DMS cache: layout, device state, scratch and operations, shared by all its layers."""
+"""One worker's DMS cache, shared by all layers: layout, device state, scratch, operations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +40,7 @@ def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
 
 
 def choose_ops(config: DMSConfig, device: torch.device) -> str:
-    """"triton" or "torch", from the setting `kernels` and the device."""
+    """ "triton" or "torch", from the setting `kernels` and the device."""
     if config.kernels != "auto":
         return config.kernels
     return "triton" if device.type == "cuda" else "torch"
@@ -85,7 +85,7 @@ class Runtime:
         return self._state
 
     def bind(self, kv_cache: torch.Tensor) -> None:
-        """Use the allocation behind ``kv_cache``, any layer's view of it. No-op when already bound."""
+        """Use the allocation behind ``kv_cache``, any layer's view. No-op when already bound."""
         storage = kv_cache.untyped_storage()
         if storage.data_ptr() == self._storage_ptr:
             return

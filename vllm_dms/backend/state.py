@@ -74,7 +74,7 @@ def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device 
 
 
 def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor | None, ...]:
-    """(k_pages, v_pages, k_scales, v_scales) over ``storage``, a flat uint8 tensor of whole blocks."""
+    """(k_pages, v_pages, k_scales, v_scales) over ``storage``: flat uint8, whole blocks."""
     num_pages = storage.numel() // layout.page_bytes
     kv_bytes = layout.page_size * layout.head_dim * layout.storage_dtype.itemsize
     pages = storage[: num_pages * layout.page_bytes].view(num_pages, layout.page_bytes)
@@ -94,7 +94,7 @@ def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor
 
 @dataclass(frozen=True)
 class SideState:
-    """The tensors beside the arena, allocated with the model so that vLLM's profiling counts them."""
+    """The tensors beside the arena; made with the model, so that vLLM's profiling counts them."""
 
     block_rows: torch.Tensor
     pages_used: torch.Tensor
@@ -126,7 +126,7 @@ def allocate_side_state(
 
 
 def bind_state(storage: torch.Tensor, layout: ArenaLayout, side: SideState) -> ArenaState:
-    """The whole state over ``storage``: vLLM's KV allocation as flat uint8, a multiple of a block."""
+    """The whole state over ``storage``: vLLM's KV allocation as flat uint8."""
     num_blocks = storage.numel() // layout.block_bytes
     if storage.dtype != torch.uint8 or num_blocks < 1:
         raise ValueError(
@@ -152,6 +152,6 @@ def bind_state(storage: torch.Tensor, layout: ArenaLayout, side: SideState) -> A
 def allocate_state(
     storage: torch.Tensor, layout: ArenaLayout, num_blocks: int, max_num_seqs: int
 ) -> ArenaState:
-    """`allocate_side_state` and `bind_state` in one, over the first ``num_blocks`` of ``storage``."""
+    """`allocate_side_state` and `bind_state` over the first ``num_blocks`` of ``storage``."""
     side = allocate_side_state(layout, max_num_seqs, storage.device)
     return bind_state(storage[: num_blocks * layout.block_bytes], layout, side)

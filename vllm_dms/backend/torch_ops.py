@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dms.backend.layout import FP8_DTYPE, SCALE_DTYPE
 from vllm_dms.backend.state import ArenaState, Batch
+from vllm_dms.backend.torch_pages import copy_slots, read_slots, write_slots
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import decide
 
@@ -39,15 +39,6 @@ def _requests(state: ArenaState, batch: Batch) -> Iterator[_Request]:
     for index, start, end, seq_len in zip(states, bounds, bounds[1:], seq_lens, strict=False):
         if index and end > start:
             yield _Request(index, start, end, seq_len - (end - start))
-
-
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 values and bfloat16 scales [...] of x [..., D]: one scale per token and head."""
-    limit = torch.finfo(FP8_DTYPE).max
-    scale = (x.float().abs().amax(-1) / limit).to(SCALE_DTYPE)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scaled = x.float() / scale.float().unsqueeze(-1)
-    return scaled.clamp(-limit, limit).to(FP8_DTYPE), scale
 
 
 class TorchOps:
@@ -124,7 +115,7 @@ class TorchOps:
             live = state.live[req.state_index, layer]
             slots = torch.arange(int(live.max()), device=query.device)
             valid = slots < live.unsqueeze(1)
-            k, v = _read(state, req.state_index, layer, slots, valid)
+            k, v = read_slots(state, req.state_index, layer, slots, valid)
             output[req.start : req.end] = _attend(
                 query[req.start : req.end], k, v, valid.unsqueeze(1), scale
             )
@@ -179,9 +170,9 @@ def _append_survivors(
     slot = size + survivors[head] + rank[token, head] - 1
     from_ring = token < n - first
     h, t, dst = head[from_ring], token[from_ring], slot[from_ring]
-    _copy(state, s, layer, h, (first + t) % size, dst)
+    copy_slots(state, s, layer, h, (first + t) % size, dst)
     h, t, dst = head[~from_ring], token[~from_ring] - (n - first), slot[~from_ring]
-    _write(state, s, layer, h, dst, key[t, h], value[t, h])
+    write_slots(state, s, layer, h, dst, key[t, h], value[t, h])
 
     # A token at position p has survivors among the tokens up to p - size.
     done = torch.arange(n, n + m, device=key.device) - size - first + 1
@@ -204,7 +195,12 @@ def _allocate_pages(
 
 
 def _write_ring(
-    state: ArenaState, batch: Batch, req: _Request, layer: int, key: torch.Tensor, value: torch.Tensor
+    state: ArenaState,
+    batch: Batch,
+    req: _Request,
+    layer: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
 ) -> None:
     """Put the chunk's tokens that are still in the window into their ring slots."""
     size = state.layout.ring_size
@@ -216,78 +212,22 @@ def _write_ring(
     heads = torch.arange(key.shape[1], device=key.device).repeat(len(slots))
     rows = slots.repeat_interleave(key.shape[1])
     k, v = key[start : req.end].flatten(0, 1), value[start : req.end].flatten(0, 1)
-    _write(state, req.state_index, layer, heads, rows, k, v)
-
-
-def _locate(
-    state: ArenaState, s: int, layer: int, head: torch.Tensor, slot: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(page, offset in page) of slots; ``head`` and ``slot`` broadcast."""
-    size = state.layout.page_size
-    return state.page_table[s, layer, head.long(), (slot // size).long()].long(), (slot % size).long()
-
-
-def _copy(
-    state: ArenaState, s: int, layer: int, head: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
-) -> None:
-    """Copy slots as stored: FP8 bytes move with their scales, never rounded twice."""
-    source, target = _locate(state, s, layer, head, src), _locate(state, s, layer, head, dst)
-    for pages in (state.k_pages, state.v_pages, state.k_scales, state.v_scales):
-        if pages is not None:
-            raw = pages.view(torch.uint8) if pages.dtype == FP8_DTYPE else pages
-            raw[target] = raw[source]
-
-
-def _write(
-    state: ArenaState,
-    s: int,
-    layer: int,
-    head: torch.Tensor,
-    slot: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> None:
-    """Store key and value [N, D] in the slots [N] of the heads [N]."""
-    where = _locate(state, s, layer, head, slot)
-    for x, pages, scales in (
-        (key, state.k_pages, state.k_scales),
-        (value, state.v_pages, state.v_scales),
-    ):
-        if scales is None:
-            pages[where] = x.to(pages.dtype)
-        else:
-            raw, scale = quantize(x)
-            pages.view(torch.uint8)[where] = raw.view(torch.uint8)
-            scales[where] = scale
-
-
-def _read(
-    state: ArenaState, s: int, layer: int, slots: torch.Tensor, valid: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 K and V [H, N, D] of the slots [N] of every head; 0 where not ``valid`` [H, N],
-    because what lies beyond a head's live slots may be another request's, or NaN."""
-    heads = torch.arange(state.layout.num_kv_heads, device=slots.device).unsqueeze(1)
-    where = _locate(state, s, layer, heads, slots)
-    out = []
-    for pages, scales in ((state.k_pages, state.k_scales), (state.v_pages, state.v_scales)):
-        if scales is None:
-            out.append(pages[where].float())
-        else:
-            raw = pages.view(torch.uint8)[where].view(FP8_DTYPE)
-            out.append(raw.float() * scales[where].float().unsqueeze(-1))
-    if valid is not None:
-        out = [x.masked_fill(~valid.unsqueeze(-1), 0.0) for x in out]
-    return out[0], out[1]
+    write_slots(state, req.state_index, layer, heads, rows, k, v)
 
 
 def _band(
-    state: ArenaState, batch: Batch, req: _Request, layer: int, key: torch.Tensor, value: torch.Tensor
+    state: ArenaState,
+    batch: Batch,
+    req: _Request,
+    layer: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """K, V [H, N, D] and verdicts [H, N] of the window's tokens and the chunk's, by position."""
     size = state.layout.ring_size
     first = max(0, req.num_stored - state.layout.window)
     slots = torch.arange(first, req.num_stored, device=key.device) % size
-    k, v = _read(state, req.state_index, layer, slots)
+    k, v = read_slots(state, req.state_index, layer, slots)
     tokens = slice(req.start, req.end)
     k = torch.cat([k, key[tokens].float().transpose(0, 1)], 1)
     v = torch.cat([v, value[tokens].float().transpose(0, 1)], 1)
@@ -317,7 +257,7 @@ def _prefill_block(
     count = batch.scratch.num_survivors[queries.start, : k.shape[0]]
     slots = torch.arange(int(count.max()), device=query.device)
     valid = slots < count.unsqueeze(1)
-    old_k, old_v = _read(state, req.state_index, layer, slots + state.layout.ring_size, valid)
+    old_k, old_v = read_slots(state, req.state_index, layer, slots + state.layout.ring_size, valid)
     old = valid.unsqueeze(1).expand(-1, len(positions), -1)
     output[queries] = _attend(
         query[queries],

@@ -9,7 +9,7 @@ MIB = 1 << 20
 
 
 def expected_live_tokens(config: DMSConfig, num_tokens: int) -> float:
-    """Live tokens per row if the checkpoint keeps one token in ``nominal_ratio`` past the window."""
+    """Live tokens per row if one token in ``nominal_ratio`` is kept past the window."""
     if not config.evict or config.nominal_ratio is None:
         return float(num_tokens)
     window = min(num_tokens, config.window + 1)
@@ -20,6 +20,7 @@ def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len
     """A few lines; ``num_blocks`` is the pool without vLLM's null block."""
     layout = spec.layout
     side_bytes = allocate_side_state(layout, spec.max_num_seqs, "meta").num_bytes()
+    pool_bytes = num_blocks * layout.block_bytes
     dense = num_blocks / spec.dense_blocks(max_model_len)
     live = expected_live_tokens(config, max_model_len)
     # Half a page is unused at the end of a row, on average.
@@ -39,9 +40,9 @@ def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len
             f"  storage {str(layout.storage_dtype).removeprefix('torch.')}; pages of "
             f"{layout.page_size} slots, {layout.page_bytes} bytes; blocks of "
             f"{layout.pages_per_block} pages, {layout.block_bytes} bytes on each rank",
-            f"  pool {num_blocks} blocks, {num_blocks * layout.block_bytes / GIB:.2f} GiB; side "
-            f"state {side_bytes / MIB:.1f} MiB ({side_bytes / (num_blocks * layout.block_bytes):.2%}"
-            f" of the pool) for {spec.max_num_seqs} requests",
+            f"  pool {num_blocks} blocks, {pool_bytes / GIB:.2f} GiB; side state "
+            f"{side_bytes / MIB:.1f} MiB ({side_bytes / pool_bytes:.2%} of the pool) for "
+            f"{spec.max_num_seqs} requests",
             f"  requests of {max_model_len} tokens that fit at once: {dense:.1f} if nothing is "
             f"evicted; {fit}",
         )

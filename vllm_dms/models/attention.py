@@ -1,6 +1,7 @@
 """What the model families share: an attention layer that reads a decision and passes it on."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -107,6 +108,7 @@ class DMSWeights:
     dms_config: DMSConfig | None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = super().load_weights(check_dms_weights(weights, self.dms_config))
-        require_dms_weights(self, loaded, self.dms_config)
+        checked = check_dms_weights(weights, self.dms_config)
+        loaded = super().load_weights(checked)  # type: ignore[misc]
+        require_dms_weights(cast(nn.Module, self), loaded, self.dms_config)
         return loaded

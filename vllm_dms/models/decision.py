@@ -67,8 +67,14 @@ class AlphaAdapter:
     """
 
     def __init__(
-        self, total_kv_heads: int, num_kv_heads: int, hidden_size: int, bias: bool, eps: float,
-        per_layer: bool, prefix: str,
+        self,
+        total_kv_heads: int,
+        num_kv_heads: int,
+        hidden_size: int,
+        bias: bool,
+        eps: float,
+        per_layer: bool,
+        prefix: str,
     ) -> None:
         self.proj = ReplicatedLinear(
             hidden_size, total_kv_heads, bias=bias, prefix=f"{prefix}.dms_proj_alpha"

@@ -19,9 +19,7 @@ from vllm_dms.models.decision import dms_config
 
 
 class DMSQwen3Attention(qwen3.Qwen3Attention):
-    def __init__(
-        self, *, prefix: str, rms_norm_eps: float, qkv_bias: bool, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, prefix: str, rms_norm_eps: float, qkv_bias: bool, **kwargs: Any) -> None:
         super().__init__(prefix=prefix, rms_norm_eps=rms_norm_eps, qkv_bias=qkv_bias, **kwargs)
         install_dms(self, prefix, bias=qkv_bias, eps=rms_norm_eps)
 

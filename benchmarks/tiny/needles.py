@@ -1,0 +1,290 @@
+"""The needle task: long readable filler with facts "The code of Maria is 7319.", and questions about them.
+
+A text is a list of *pieces*; every piece is one token of the tokenizer built here, so lengths in tokens
+are exact without running it. Training examples and held-out prompts come from disjoint seed spaces.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from . import lexicon as lex
+
+FILLER, NEW_VALUE, RECALL = 0, 1, 2  # label of a piece: what predicting it takes
+CODE_TOKENS = 2  # a code is four digits, two a token
+# Training texts without filler: many recalls a token, without which matching by name is learned late.
+DRILL_SHARE = 0.3
+_SPLIT = re.compile(r"<\|\w+\|>| ?\d{1,2}| ?[^\W\d_]+|[^\w\s]|\s")
+
+
+def to_pieces(text: str) -> list[str]:
+    """Text of this corpus -> pieces; a word owns the space before it, digits stand alone."""
+    return _SPLIT.findall(text)
+
+
+@cache
+def vocabulary() -> dict[str, int]:
+    """piece -> token id: specials, the 256 byte symbols, then words with a leading space and bare."""
+    from tokenizers import pre_tokenizers
+
+    words = {w for topic in lex.TOPICS.values() for group in topic for w in group}
+    for group in (lex.ADJECTIVES, lex.MOVES, lex.ADVERBS, lex.PREPOSITIONS, lex.TIMES, lex.WEATHER, lex.NUMBERS,
+                  lex.REASONS, lex.NAMES, lex.CITIES, lex.FRAME):
+        words.update(group)
+    words.update(w for p in lex.PATTERNS for w in re.findall(r"(?<!<)\b[A-Za-z]+\b(?!>)", p))
+    byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = sorted(w for w in words if len(w) > 1 and (w[0].isupper() or w in ("user", "assistant", "system")))
+    spaced = ["Ġ" + w for w in sorted(words)]
+    pairs = [f"{n:02d}" for n in range(100)]
+    numbers = pairs + ["Ġ" + p for p in pairs]
+    return {token: i for i, token in enumerate([*lex.SPECIALS, *byte_symbols, *numbers, *bare, *spaced])}
+
+
+def build_tokenizer():
+    """A `PreTrainedTokenizerFast` that maps each piece to one token and any other text to bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # ignore_merges: a pre-token found whole in the vocabulary is one token; with no merges all else is bytes.
+    core = Tokenizer(models.BPE(vocab=vocabulary(), merges=[], ignore_merges=True))
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], model_max_length=8192, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return tokenizer
+
+
+def encode(pieces: list[str]) -> list[int]:
+    vocab = vocabulary()
+    return [vocab[p.replace(" ", "Ġ").replace("\n", "Ċ")] for p in pieces]
+
+
+@cache
+def _patterns() -> list[list[str]]:
+    """Each sentence pattern as pieces and slots; a slot keeps its leading space: " <adj>"."""
+    return [re.findall(r" ?<\w+>| ?\w+|[^\w\s]", " " + p) for p in lex.PATTERNS]
+
+
+def _code(rng: Random) -> str:
+    return f"{rng.randrange(10000):04d}"
+
+
+def _code_pieces(code: str) -> list[str]:
+    return [" " + code[:2], code[2:]]
+
+
+_SLOTS = {"adj": lex.ADJECTIVES, "move": lex.MOVES, "adverb": lex.ADVERBS, "prep": lex.PREPOSITIONS,
+          "time": lex.TIMES, "weather": lex.WEATHER, "number": lex.NUMBERS, "reason": lex.REASONS,
+          "name": lex.NAMES, "city": lex.CITIES}
+
+
+def filler_sentence(rng: Random, topic: str) -> list[str]:
+    """One grammatical sentence, every piece with its leading space."""
+    people, things, places, verbs = lex.TOPICS[topic]
+    out = []
+    for part in rng.choice(_patterns()):
+        if part[-1] != ">":
+            out.append(part)
+            continue
+        slot = part.strip(" <>")
+        if slot == "code":
+            out += _code_pieces(_code(rng))
+            continue
+        words = _SLOTS.get(slot) or {"person": people, "thing": things, "place": places, "verb": verbs}[slot]
+        out.append(" " + rng.choice(words))
+    return out
+
+
+def fact(name: str, code: str) -> list[str]:
+    """ The code of Maria is 7319."""
+    return [" The", " code", " of", " " + name, " is", *_code_pieces(code), "."]
+
+
+def _list_names(names: list[str]) -> list[str]:
+    """ Maria, Omar and Lin"""
+    out = []
+    for i, name in enumerate(names):
+        if i:
+            out.append(" and" if i == len(names) - 1 else ",")
+        out.append(" " + name)
+    return out
+
+
+def question(kind: str, names: list[str]) -> list[str]:
+    if kind == "report":
+        return ["Write", " a", " report", " with", " the", " codes", " of", *_list_names(names), "."]
+    if len(names) == 1:
+        return ["What", " is", " the", " code", " of", " " + names[0], "?"]
+    return ["What", " are", " the", " codes", " of", *_list_names(names), "?"]
+
+
+class Writer:
+    """Collects pieces with a label each."""
+
+    def __init__(self, rng: Random):
+        self.rng = rng
+        self.pieces: list[str] = []
+        self.labels: list[int] = []
+        self.facts: dict[str, str] = {}
+        self.topic = rng.choice(list(lex.TOPICS))
+
+    def add(self, pieces: list[str], label: int = FILLER) -> None:
+        if self.pieces and self.pieces[-1] == "\n" and pieces[0][0] == " ":
+            pieces = [pieces[0][1:], *pieces[1:]]
+        self.pieces += pieces
+        self.labels += [label] * len(pieces)
+
+    def sentence(self) -> None:
+        if self.rng.random() < 0.1:
+            self.topic = self.rng.choice(list(lex.TOPICS))
+        self.add(filler_sentence(self.rng, self.topic))
+
+    def state(self, name: str) -> None:
+        """Writes the fact about `name`; its digits are new the first time and a recall after that."""
+        known = name in self.facts
+        code = self.facts.setdefault(name, _code(self.rng))
+        pieces = fact(name, code)
+        first = pieces.index(" " + code[:2])
+        self.add(pieces[:first])
+        self.add(pieces[first:first + CODE_TOKENS], RECALL if known else NEW_VALUE)
+        self.add(pieces[first + CODE_TOKENS:])
+
+    def open_user(self) -> None:
+        self.add(["<|im_start|>", "user", "\n"])
+
+    def ask(self, kind: str, names: list[str]) -> None:
+        self.add([*question(kind, names), "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"])
+
+    def answer(self, kind: str, names: list[str]) -> None:
+        for i, name in enumerate(names):
+            if i and kind == "report":
+                for _ in range(self.rng.randint(1, 7)):
+                    self.sentence()
+            self.state(name)
+        self.add(["<|im_end|>", "\n"])
+
+
+def training_example(rng: Random, length: int) -> tuple[list[int], list[int]]:
+    """(token ids, labels), both [length], for the dense model."""
+    w = Writer(rng)
+    if rng.random() < DRILL_SHARE:
+        _drill(w, length)
+    else:
+        _conversation(w, length, rng.uniform(0.15, 0.9))
+    return encode(w.pieces[:length]), w.labels[:length]
+
+
+def training_text(rng: Random, length: int) -> str:
+    """A text of `length` tokens for the retrofit: mostly one long passage, as in use."""
+    w = Writer(rng)
+    _conversation(w, length, rng.uniform(0.6, 0.95))
+    return "".join(w.pieces[:length])
+
+
+def _drill(w: Writer, length: int) -> None:
+    """Facts without filler, then the same facts again in random order, over and over."""
+    w.open_user()
+    names = w.rng.sample(lex.NAMES, w.rng.randint(3, max(3, min(24, length // 20))))
+    while len(w.pieces) < length:
+        for name in w.rng.sample(names, len(names)):
+            w.state(name)
+
+
+def _conversation(w: Writer, length: int, share: float) -> None:
+    """A passage with facts of `share` of the length, questions, and now and then some more text and facts."""
+    rng = w.rng
+    unused = rng.sample(lex.NAMES, len(lex.NAMES))
+    passage = int(length * share)
+    rate = min(0.4, 12 * rng.randint(3, max(4, min(32, passage // 20))) / passage)
+    while len(w.pieces) < length:
+        w.open_user()
+        stop = passage if len(w.pieces) < 4 else len(w.pieces) + rng.choice((0, 0, 0, 0, 0, 20, 60, 120))
+        while len(w.pieces) < stop or not w.facts:
+            if rng.random() < rate or (not w.facts and len(w.pieces) + 20 > stop):
+                w.state(unused.pop() if len(unused) > 64 else rng.choice(list(w.facts)))
+            elif w.facts and rng.random() < 0.3 * rate:
+                w.state(rng.choice(list(w.facts)))
+            else:
+                w.sentence()
+        if w.pieces[-1] != "\n":
+            w.add(["\n"])
+        kind = rng.choice(("ask", "ask", "ask", "report"))
+        count = min(len(w.facts), rng.choice((1, 1, 1, 2, 3)) if kind == "ask" else rng.randint(2, 4))
+        names = rng.sample(list(w.facts), count)
+        w.ask(kind, names)
+        w.answer(kind, names)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out document of `needles` facts with one question at its end."""
+
+    text: str  # rendered with the chat template, ready for a completion request
+    user: str  # the user message alone, for a chat request
+    names: tuple[str, ...]
+    answers: tuple[str, ...]
+    depths: tuple[float, ...]  # where each asked fact stands: 0 start of the document, 1 end
+
+
+def _document(rng: Random, length: int, needles: int) -> tuple[Writer, dict[str, float]]:
+    """A user turn of `length` tokens with facts at stratified random depths; name -> depth."""
+    w = Writer(rng)
+    w.open_user()
+    names = rng.sample(lex.NAMES, needles)
+    depths = [(i + rng.random()) / needles for i in range(needles)]
+    for name, depth in zip(names, depths, strict=True):
+        # 11 tokens a fact: the last ones must still fit.
+        while len(w.pieces) < min(depth * length, length - 16):
+            w.sentence()
+        w.state(name)
+    while len(w.pieces) < length - 20:
+        w.sentence()
+    w.add(["\n"])
+    return w, dict(zip(names, depths, strict=True))
+
+
+def make_prompts(seed: int, length: int, n: int, *, needles: int = 16, asked: int = 1,
+                 kind: str = "ask") -> list[Prompt]:
+    """n held-out prompts of about `length` tokens; `kind` "report" recalls in the middle of generation."""
+    prompts = []
+    for i in range(n):
+        rng = Random(f"held-out:{seed}:{length}:{i}")
+        # Question, chat frame and answer: 40 tokens cover three names.
+        w, depths = _document(rng, length - 40, needles)
+        names = rng.sample(list(depths), asked)
+        w.add(question(kind, names))
+        head = ["<|im_start|>", "user", "\n"]
+        user = "".join(w.pieces[len(head):])
+        text = "".join(head) + user + "<|im_end|>\n<|im_start|>assistant\n"
+        prompts.append(Prompt(text, user, tuple(names), tuple(w.facts[x] for x in names),
+                              tuple(depths[x] for x in names)))
+    return prompts
+
+
+def held_out_documents(seed: int, length: int, n: int) -> Iterator[tuple[list[int], list[tuple[int, float]]]]:
+    """Teacher-forced held-out documents: (token ids [<= length], [(index of an answer's first digit, depth)]).
+
+    Each of up to 16 facts is asked once after the document, in random order, one turn per fact.
+    """
+    needles = max(2, min(16, length // 64))
+    for i in range(n):
+        rng = Random(f"held-out:{seed}:{length}:{i}")
+        turn = 29  # tokens of a question, its answer and their frame
+        w, depths = _document(rng, length - needles * turn, needles)
+        spots = []
+        for j, name in enumerate(rng.sample(list(depths), needles)):
+            if j:
+                w.open_user()
+            w.ask("ask", [name])
+            spots.append((len(w.pieces) + 5, depths[name]))
+            w.answer("ask", [name])
+        if len(w.pieces) > length:
+            raise ValueError(f"document of {len(w.pieces)} tokens, limit {length}: too short for {needles} facts")
+        yield encode(w.pieces), spots

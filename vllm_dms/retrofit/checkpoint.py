@@ -1,0 +1,133 @@
+"""Checkpoints in and out: a dense Hugging Face directory becomes one in NVIDIA's DMS formats."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig
+
+# Everything else in a model directory that a server or a client reads.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+                   "generation_config.json")
+# Training state, kept beside the weights under names that transformers does not have.
+ROWS = "dms_rows"
+
+
+def load_dense(path: Path, dtype: torch.dtype) -> nn.Module:
+    """A dense Qwen3 or Llama model; refuses other architectures and checkpoints that already have DMS."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: MODEL must be a directory in Hugging Face format.")
+    config = AutoConfig.from_pretrained(path)
+    names = config.architectures or []
+    if not any(n in SUPPORTED_ARCHITECTURES for n in names):
+        raise ValueError(f"architectures is {names}: the retrofit knows {', '.join(SUPPORTED_ARCHITECTURES)}.")
+    if any(key.startswith("dms_") for key in config.to_dict()):
+        raise ValueError(f"{path} is a DMS checkpoint already: start from the dense model.")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{path} has sliding-window layers: they have no use for DMS. Use a full-attention model.")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def load_dms(path: Path, dtype: torch.dtype) -> tuple[nn.Module, DMSConfig]:
+    """A checkpoint written by `save`, with its adapter weights where `forward` looks for them."""
+    raw = json.loads((path / "config.json").read_text())
+    dms = DMSConfig.from_checkpoint(raw)
+    if dms is None:
+        raise ValueError(f"{path} has no dms_* keys in config.json: it is not a DMS checkpoint.")
+    base = next(a for a in SUPPORTED_ARCHITECTURES if raw["architectures"][0].startswith(a))
+    config = AutoConfig.from_pretrained(path, architectures=[base])
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    if dms.adapter:
+        _add_adapters(model)
+        missing, _ = model.load_state_dict(_dms_weights(path), strict=False)
+        absent = [name for name in missing if "dms_" in name]
+        if absent:
+            raise ValueError(f"{path} lacks weights that its config.json promises: {', '.join(absent)}.")
+        model.to(dtype)
+    return model, dms
+
+
+def _dms_weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    found = {}
+    for shard in sorted(path.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if "dms_" in name}
+    return found
+
+
+def _add_adapters(model: nn.Module) -> None:
+    """Zero projections: every logit starts at -offset, so nothing is evicted."""
+    config, device = model.config, model.device
+    for layer in model.model.layers:
+        attn = layer.self_attn
+        # NVIDIA's class makes the bias follow the model's own attention_bias.
+        attn.dms_proj_alpha = nn.Linear(config.hidden_size, config.num_key_value_heads,
+                                        bias=bool(getattr(config, "attention_bias", False)), device=device)
+        nn.init.zeros_(attn.dms_proj_alpha.weight)
+        if attn.dms_proj_alpha.bias is not None:
+            nn.init.zeros_(attn.dms_proj_alpha.bias)
+        attn.dms_proj_alpha_norm = type(layer.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps).to(device)
+
+
+def _borrowed_rows(attn: nn.Module) -> slice:
+    """Rows of q_proj that make the last channel of each group's first head."""
+    stride = attn.num_key_value_groups * attn.head_dim
+    return slice(attn.head_dim - 1, None, stride)
+
+
+def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.Parameter]:
+    """Adds the decision parameters (fp32) and freezes the rest; -> what is trained, by name.
+
+    The borrowed rows of q_proj start from zero. That loses what the channel did in attention, one
+    channel in head_dim * group; only training all weights can win that back.
+    """
+    model.requires_grad_(train_all)
+    if dms.adapter:
+        _add_adapters(model)
+    else:
+        for layer in model.model.layers:
+            attn = layer.self_attn
+            with torch.no_grad():
+                attn.q_proj.weight[_borrowed_rows(attn)] = 0
+                if attn.q_proj.bias is not None:
+                    attn.q_proj.bias[_borrowed_rows(attn)] = 0
+            rows = torch.zeros(model.config.num_key_value_heads, model.config.hidden_size, device=model.device)
+            attn.register_parameter(ROWS, nn.Parameter(rows))
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if train_all or "dms_" in name:
+            trained[name] = parameter.requires_grad_(True)
+    return trained
+
+
+def save(model: nn.Module, dms: DMSConfig, tau: float, source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Writes `out`: weights in `dtype`, config.json with NVIDIA's keys, the tokenizer of `source`."""
+    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    for index, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{index}.self_attn."
+        rows = state.pop(prefix + ROWS, None)
+        if rows is not None:
+            state[prefix + "q_proj.weight"] = state[prefix + "q_proj.weight"].clone()
+            state[prefix + "q_proj.weight"][_borrowed_rows(layer.self_attn)] = rows
+    model.save_pretrained(out, state_dict=state)
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    base = config["architectures"][0]
+    config |= {
+        "architectures": [base + "DMS" if dms.adapter else base],
+        "dtype": str(dtype).removeprefix("torch."),
+        "dms_alpha_scale": dms.alpha_scale, "dms_initial_alpha_offset": dms.alpha_offset,
+        "dms_window_size": dms.window, "dms_cr": dms.nominal_ratio, "dms_disable_eviction": False,
+        "dms_separate_alpha": dms.adapter, "dms_alpha_per": dms.alpha_per, "dms_tau": tau,
+    }
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)

@@ -1,0 +1,229 @@
+"""README's results table and its plot, from results/summary.json.
+
+    python benchmarks/report.py            # rewrites README.md and results/serving.png
+    python benchmarks/report.py --check    # fails if either is not what the rows say
+
+Facts and ratios only. A ratio compares two rows of one run. A row that loses stays.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# What stands beside what: a DMS arm, and vLLM's own cache with the same bytes per element.
+PAIRS = (("bf16", "dms"), ("fp8", "dms_fp8"))
+ARM_NAMES = {
+    "bf16": "BF16",
+    "fp8": "FP8",
+    "dms_noevict": "`dms`, eviction off",
+    "dms": "`dms`",
+    "dms_fp8": "`dms_fp8`",
+}
+# Workload: (title, the row's figure, its unit). Those with a {c} have a line per concurrency.
+WORKLOADS = {
+    "decode-8k": ("decode at 8K, concurrency {c}", "decode_tok_s", "tok/s"),
+    "saturated-8k": ("decode at 8K, pool full", "decode_tok_s", "tok/s"),
+    "capacity-8k": ("requests of 8K held at once", "requests_held", ""),
+    "prefill-8k": ("prefill, 8K prompt", "prefill_tok_s", "tok/s"),
+    "prefill-32k": ("prefill, 32K prompt", "prefill_tok_s", "tok/s"),
+    "prefill-128k": ("prefill, 128K prompt", "prefill_tok_s", "tok/s"),
+    "reason-1k-8k": ("1K in, 8K out, concurrency {c}", "decode_tok_s", "tok/s"),
+}
+PLOT_HASH = "vllm-dms-rows"  # key in the PNG of the hash of the rows it shows
+
+Row = dict[str, Any]
+Line = tuple[str, int | None]  # workload, concurrency where it tells lines apart
+
+
+def line_of(row: Row) -> Line:
+    per_concurrency = "{c}" in WORKLOADS[row["workload"]][0]
+    return row["workload"], row["concurrency"] if per_concurrency else None
+
+
+def known_rows(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["workload"] in WORKLOADS and row["arm"] in ARM_NAMES]
+
+
+def lines_of(rows: list[Row]) -> list[Line]:
+    order = list(WORKLOADS)
+    return sorted({line_of(r) for r in rows}, key=lambda line: (order.index(line[0]), line[1] or 0))
+
+
+def choose(rows: list[Row], line: Line, arms: tuple[str, ...]) -> list[Row | None]:
+    """The rows of ``arms`` from the newest run that has all of them; if there is none, each from
+    the newest run that has it."""
+    runs: dict[str, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["run_id"]):
+        if line_of(row) == line and row["arm"] in arms:
+            runs.setdefault(row["run_id"], {})[row["arm"]] = row
+    whole = [run for run in runs.values() if len(run) == len(arms)]
+    newest_rows = (
+        whole[-1] if whole else {arm: r for run in runs.values() for arm, r in run.items()}
+    )
+    return [newest_rows.get(arm) for arm in arms]
+
+
+def figure(row: Row | None) -> float | None:
+    return row and row.get(WORKLOADS[row["workload"]][1])
+
+
+def cell(row: Row | None) -> str:
+    value = figure(row)
+    if row is None or value is None:
+        return "-"
+    notes = []
+    if row["workload"] == "saturated-8k":
+        notes.append(f"{row['concurrency']} requests")
+    if row["preemptions"]:
+        notes.append(f"{row['preemptions']} preempted")
+    if row.get("complete") is False:
+        notes.append("cut short")
+    return f"{value:,.0f}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def ratio(old: Row | None, new: Row | None) -> str:
+    if old is None or new is None or old["run_id"] != new["run_id"]:
+        return "-"
+    before, after = figure(old), figure(new)
+    return f"{after / before:.2f}" if before and after is not None else "-"
+
+
+def table(rows: list[Row]) -> str:
+    head = ["workload", "BF16", ARM_NAMES["dms_noevict"], "`dms`", "`dms` / BF16"]
+    head += ["FP8", "`dms_fp8`", "`dms_fp8` / FP8"]
+    text = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for line in lines_of(rows):
+        bf16, dms = choose(rows, line, PAIRS[0])
+        fp8, dms_fp8 = choose(rows, line, PAIRS[1])
+        (noevict,) = choose(rows, line, ("dms_noevict",))
+        title, _, unit = WORKLOADS[line[0]]
+        title = title.format(c=line[1]) + (f", {unit}" if unit else "")
+        left = [title, *map(cell, (bf16, noevict, dms)), ratio(bf16, dms)]
+        text.append([*left, *map(cell, (fp8, dms_fp8)), ratio(fp8, dms_fp8)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+
+
+def captions(rows: list[Row]) -> list[str]:
+    """One line per run: where its numbers come from."""
+    lines = []
+    for run_id in sorted({row["run_id"] for row in rows}):
+        of_run = [row for row in rows if row["run_id"] == run_id]
+        first = of_run[0]
+        facts = [f"{first['gpu']}", f"vLLM {first.get('vllm')}, torch {first.get('torch')}"]
+        facts.append(f"commit {first['commit']}")
+        pools = sorted({row["pool_bytes"] for row in of_run if row.get("pool_bytes")})
+        facts.append("pool " + " / ".join(f"{p / 2**30:.1f} GiB" for p in pools))
+        facts.append(f"{first.get('model')} shape, {first.get('weights_dtype')} weights")
+        facts.append(f"window {first.get('dms_window')}, {first.get('rates')} eviction rates")
+        measured = sorted({(r["arm"], r["live_compression"]) for r in of_run
+                           if r["workload"] == "decode-8k" and r["live_compression"]})  # fmt: skip
+        if measured:
+            live = ", ".join(f"{ARM_NAMES[arm]} {value:.2f}x" for arm, value in measured)
+            facts.append(f"live compression at 8K: {live}")
+        lines.append(f"Run `{run_id}`: {'; '.join(facts)}.")
+    return lines
+
+
+def results_section(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    return "\n".join((table(rows), "", *(f"- {line}" for line in captions(rows)))) + "\n"
+
+
+def with_section(readme: str, section: str) -> str:
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}, between which results go.")
+    return f"{before}{BEGIN}\n{section}{END}{after}"
+
+
+def rows_hash(rows: list[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Decode throughput against concurrency, the full pool as its last point; requests held."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure_, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained"
+    )
+    for i, (arm, name) in enumerate(ARM_NAMES.items()):
+        label = name.replace("`", "")
+        points = sorted(
+            (row["concurrency"], row["decode_tok_s"])
+            for row in newest(rows, arm, ("decode-8k", "saturated-8k"))
+            if row["decode_tok_s"] is not None
+        )
+        if points:
+            left.plot(*zip(*points, strict=True), marker="o", color=f"C{i}", label=label)
+        for row in newest(rows, arm, ("capacity-8k",)):
+            held = row["requests_held"] or 0
+            right.bar(label.replace(", ", "\n"), held, color=f"C{i}")
+            right.text(label.replace(", ", "\n"), held, f"{held:,}", ha="center", va="bottom")
+    left.set(xscale="log", yscale="log", xlabel="requests decoding at a context of 8K",
+             ylabel="tokens/s", title="Decode throughput; last point: pool full")  # fmt: skip
+    right.set(title="Requests of 8K held at once")
+    if left.has_data():
+        left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_.savefig(path, dpi=120, metadata={"Software": None, PLOT_HASH: rows_hash(rows)})
+    pyplot.close(figure_)
+
+
+def newest(rows: list[Row], arm: str, workloads: tuple[str, ...]) -> list[Row]:
+    """The arm's rows of the workloads, each from the newest run that has it."""
+    mine = [row for row in rows if row["arm"] == arm and row["workload"] in workloads]
+    last: dict[str, str] = {}
+    for row in mine:
+        last[row["workload"]] = max(last.get(row["workload"], ""), row["run_id"])
+    return [row for row in mine if row["run_id"] == last[row["workload"]]]
+
+
+def plot_is_current(rows: list[Row], path: Path) -> bool:
+    from PIL import Image
+
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.info.get(PLOT_HASH) == rows_hash(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--summary", type=Path, default=HERE / "results" / "summary.json")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--plot", type=Path, default=HERE / "results" / "serving.png")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
+    args = parser.parse_args(argv)
+    rows = known_rows(json.loads(args.summary.read_text())) if args.summary.exists() else []
+    old = args.readme.read_text()
+    new = with_section(old, results_section(rows))
+    if args.check:
+        stale = [str(args.readme)] if new != old else []
+        if rows and not plot_is_current(rows, args.plot):
+            stale.append(str(args.plot))
+        if stale:
+            print(f"stale: {', '.join(stale)}. Run: python benchmarks/report.py", file=sys.stderr)
+        return 1 if stale else 0
+    args.readme.write_text(new)
+    if rows:
+        plot(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

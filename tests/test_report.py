@@ -1,0 +1,115 @@
+"""The README's results are what the measured rows say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import report
+
+
+def row(arm, workload="decode-8k", run_id="r1", concurrency=8, **figures):
+    return {
+        "arm": arm,
+        "workload": workload,
+        "run_id": run_id,
+        "concurrency": concurrency,
+        "decode_tok_s": None,
+        "prefill_tok_s": None,
+        "requests_held": None,
+        "preemptions": None,
+        "live_compression": None,
+        "gpu": "a card",
+        "commit": "abc",
+        **figures,
+    }
+
+
+def lines(rows):
+    return report.table(report.known_rows(rows)).splitlines()[2:]
+
+
+def test_a_losing_row_stays_and_its_ratio_is_below_one():
+    rows = [row("bf16", decode_tok_s=1000.0), row("dms", decode_tok_s=900.0)]
+    assert lines(rows) == [
+        "| decode at 8K, concurrency 8, tok/s | 1,000 | - | 900 | 0.90 | - | - | - |"
+    ]
+
+
+def test_rows_of_two_runs_are_both_shown_without_a_ratio():
+    old, new = row("fp8", decode_tok_s=10.0), row("dms_fp8", run_id="r2", decode_tok_s=9.0)
+    (line,) = lines([old, new])
+    assert line.endswith("| 10 | 9 | - |")
+
+
+def test_a_pair_of_one_run_beats_a_newer_single_row():
+    pair = [row("bf16", decode_tok_s=10.0), row("dms", decode_tok_s=30.0)]
+    (line,) = lines([*pair, row("dms", run_id="r2", decode_tok_s=50.0)])
+    assert "| 10 | - | 30 | 3.00 |" in line
+
+
+def test_preemptions_and_unfinished_runs_are_shown():
+    rows = [
+        row("bf16", "saturated-8k", concurrency=90, decode_tok_s=5.0, preemptions=3),
+        row("dms", "reason-1k-8k", concurrency=64, decode_tok_s=7.0, complete=False),
+    ]
+    saturated, reason = lines(rows)
+    assert "5 (90 requests, 3 preempted)" in saturated
+    assert "7 (cut short)" in reason
+
+
+def test_lines_are_sorted_by_workload_then_concurrency():
+    rows = [row("dms", concurrency=c, decode_tok_s=1.0) for c in (64, 8, 1)]
+    rows.append(row("dms", "capacity-8k", concurrency=99, requests_held=99))
+    titles = [line.split("|")[1].strip() for line in lines(rows)]
+    assert titles == [
+        "decode at 8K, concurrency 1, tok/s",
+        "decode at 8K, concurrency 8, tok/s",
+        "decode at 8K, concurrency 64, tok/s",
+        "requests of 8K held at once",
+    ]
+
+
+def test_without_rows_the_section_is_empty(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    missing = ["--summary", str(tmp_path / "none.json"), "--readme", str(readme)]
+    assert report.main([*missing, "--check"]) == 0
+
+
+@pytest.fixture
+def paths(tmp_path):
+    readme, summary, plot = (tmp_path / n for n in ("README.md", "summary.json", "serving.png"))
+    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    rows = [row("bf16", decode_tok_s=10.0), row("dms", decode_tok_s=30.0)]
+    rows.append(row("dms", "capacity-8k", requests_held=5))
+    summary.write_text(json.dumps(rows))
+    return ["--readme", str(readme), "--summary", str(summary), "--plot", str(plot)]
+
+
+def test_check_fails_until_the_report_was_made_and_after_a_change(paths):
+    pytest.importorskip("matplotlib")
+    assert report.main([*paths, "--check"]) == 1
+    assert report.main(paths) == 0
+    text = Path(paths[1]).read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert report.main([*paths, "--check"]) == 0
+    summary = Path(paths[3])
+    summary.write_text(summary.read_text().replace("30.0", "31.0"))
+    assert report.main([*paths, "--check"]) == 1
+
+
+def test_the_plot_is_the_same_each_time(paths):
+    pytest.importorskip("matplotlib")
+    plot = Path(paths[5])
+    report.main(paths)
+    first = plot.read_bytes()
+    report.main(paths)
+    assert plot.read_bytes() == first
+
+
+def test_a_readme_without_the_marks_is_refused():
+    with pytest.raises(ValueError, match="results:begin"):
+        report.with_section("text", "section")

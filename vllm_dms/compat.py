@@ -11,8 +11,8 @@ import logging
 import typing
 from collections.abc import Callable, Iterable
 
-# vLLM gives handlers and a level to the loggers below "vllm" only; this package's join them. Without
-# it warnings come bare and the start-up banner not at all.
+# vLLM gives handlers and a level only to the loggers below "vllm"; this package's join them.
+# Without it warnings come bare, and the start-up banner not at all.
 logging.getLogger("vllm_dms").parent = logging.getLogger("vllm")
 logger = logging.getLogger(__name__)
 

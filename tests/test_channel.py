@@ -13,6 +13,7 @@ from vllm.v1.worker.utils import allocate_kv_cache
 from vllm_dms.backend.layout import FP8_DTYPE
 from vllm_dms.backend.ops import REPORT_HORIZON
 from vllm_dms.backend.state import allocate_state
+from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
 from vllm_dms.core import stats
 from vllm_dms.core.ledger import Growth
@@ -134,7 +135,7 @@ def test_updates_reach_the_device_state(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_reports_keep_their_own_step_while_later_ones_are_made(device):
     state = make_state(device)
-    reporter = Reporter(state)
+    reporter = Reporter(state, TorchOps())
     reports = []
     for step in range(1, 20):
         state.live.fill_(step)

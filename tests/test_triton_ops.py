@@ -8,6 +8,7 @@ import torch
 from arena_harness import Harness, Sequence, feed, gather_row, make_config
 
 from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.backend.ops import REPORT_HORIZON, report
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.triton_ops import TritonOps, Tuning
 
@@ -125,6 +126,15 @@ def test_without_eviction_every_token_stays():
 def test_fp8_storage(chunks):
     layout = make_layout(8, dtype=FP8_DTYPE, layers=1)
     check_against_plain(layout, make_config(8), 2, (60, 45), chunks)
+
+
+def test_the_report_equals_the_plain_one():
+    layout = make_layout(7, heads=3)
+    harness, _ = run(triton_ops(layout, 2), layout, make_config(7), 2, (30, 55), (20, 1))
+    outs = [torch.full((3, REPORT_HORIZON + 2), -1, dtype=torch.int32, device=DEVICE) for _ in "ab"]
+    harness.ops.report(harness.state, outs[0])
+    report(harness.state, outs[1])
+    assert torch.equal(*outs)
 
 
 def test_many_programs_share_one_row():

@@ -10,6 +10,8 @@ against) and one in Triton (`triton_ops`). A layer's forward pass is
     store_window    their last W + 1 tokens go to the ring
     decode          requests with one query token attend to all their live slots, without a mask
 
+and after the last layer of a step `report` counts pages for the scheduler.
+
 Shapes: T query tokens, H KV heads of this rank, G query heads per KV head, D channels.
 ``query``/``output`` [T, H * G, D], ``key``/``value`` [T, H, D], ``alpha`` [T, H] in the model's
 dtype: the value whose scaled and shifted sign is the decision (`reference.decide`).
@@ -70,6 +72,9 @@ class Ops(Protocol):
         output: torch.Tensor,
         scale: float,
     ) -> None: ...
+
+    def report(self, state: ArenaState, out: torch.Tensor) -> None:
+        """`report` below."""
 
 
 def report(state: ArenaState, out: torch.Tensor) -> None:

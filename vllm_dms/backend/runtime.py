@@ -91,7 +91,7 @@ class Runtime:
             return
         flat = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
         self._state = bind_state(flat, self.layout, self.side)
-        self.reporter = Reporter(self._state)
+        self.reporter = Reporter(self._state, self.ops)
         self._storage_ptr = storage.data_ptr()
 
 

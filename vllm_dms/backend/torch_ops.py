@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_dms.backend.ops import report
 from vllm_dms.backend.state import ArenaState, Batch
 from vllm_dms.backend.torch_pages import copy_slots, read_slots, write_slots
 from vllm_dms.config import DMSConfig
@@ -87,6 +88,9 @@ class TorchOps:
                 _prefill_block(
                     state, batch, req, layer, queries, (query, k, v, evict, output), scale
                 )
+
+    def report(self, state: ArenaState, out: torch.Tensor) -> None:
+        report(state, out)
 
     def store_window(
         self,

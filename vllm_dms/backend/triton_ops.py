@@ -13,6 +13,7 @@ import triton
 from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
 from vllm_dms.backend.kernels.decode import Schedule, decode_kernel, schedule_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
+from vllm_dms.backend.kernels.report import launch_report
 from vllm_dms.backend.kernels.store import (
     store_copy_kernel,
     store_plan_kernel,
@@ -81,6 +82,7 @@ class TritonOps:
         self.max_num_seqs = max_num_seqs
         self.tuning = tuning or default_tuning(layout, device)
         self.group = num_query_heads // layout.num_kv_heads
+        assert layout.window > 0
         _check("num_query_heads", num_query_heads, self.group * layout.num_kv_heads)
         _check("page_size, rounded up", triton.next_power_of_2(layout.page_size), layout.page_size)
         constants = Geometry(
@@ -189,7 +191,11 @@ class TritonOps:
         self._check_heads("key", key, heads)
         self._check_heads("value", value, heads)
         _check("alpha's heads", alpha.shape[1], heads)
-        state_args, batch_args, geo = self._state_args(state), self._batch_args(batch), self.geometry
+        state_args, batch_args, geo = (
+            self._state_args(state),
+            self._batch_args(batch),
+            self.geometry,
+        )
         rule = (config.alpha_scale, config.alpha_offset, geo)
         switches = {"SHIFT": config.shift, "EVICT": config.evict, "enable_fp_fusion": False}
         store_token_kernel[(batch.num_reqs,)](
@@ -236,6 +242,9 @@ class TritonOps:
             num_warps=tuning.prefill_warps, num_stages=tuning.prefill_stages,
         )  # fmt: skip
 
+    def report(self, state: ArenaState, out: torch.Tensor) -> None:
+        launch_report(state, out)
+
     def store_window(
         self,
         state: ArenaState,
@@ -272,7 +281,9 @@ class TritonOps:
                 STEPS=schedule.N.bit_length() + 1,
             )  # fmt: skip
         pad = triton.next_power_of_2(self.group)
-        merge = max(1, min(16, MERGE_ELEMENTS // (pad * triton.next_power_of_2(self.layout.head_dim))))
+        merge = max(
+            1, min(16, MERGE_ELEMENTS // (pad * triton.next_power_of_2(self.layout.head_dim)))
+        )
         decode_kernel[(schedule.PROGRAMS,)](
             query, output, query.stride(0), output.stride(0), state_args, schedule,
             layer, scale * LOG2_E, geo,

@@ -6,7 +6,7 @@ Both only enqueue work on the current stream, so they keep their place between t
 import numpy as np
 import torch
 
-from vllm_dms.backend.ops import REPORT_HORIZON, report
+from vllm_dms.backend.ops import REPORT_HORIZON, Ops
 from vllm_dms.backend.state import ArenaState
 from vllm_dms.core.messages import DMSReport, DMSStepMeta
 
@@ -34,8 +34,8 @@ def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
 class Reporter:
     """Makes a step's `DMSReport` without waiting for the step."""
 
-    def __init__(self, state: ArenaState) -> None:
-        self._state = state
+    def __init__(self, state: ArenaState, ops: Ops) -> None:
+        self._state, self._ops = state, ops
         device = state.live.device
         shape = (state.num_states, REPORT_HORIZON + 2)
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -52,7 +52,7 @@ class Reporter:
 
     def report(self, meta: DMSStepMeta) -> DMSReport:
         """Must follow the step's forward pass on the stream."""
-        report(self._state, self._on_device)
+        self._ops.report(self._state, self._on_device)
         if not self._events:
             result = DMSReport(meta.step_id, meta.states, self._on_device)
             result.rows  # noqa: B018 the tensor is overwritten in the next step

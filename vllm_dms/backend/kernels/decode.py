@@ -13,6 +13,7 @@ import triton.language as tl
 from vllm_dms.backend.kernels.common import NO_SCORE, row_index, slot_offset, tile_pages
 from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
 
+
 class Schedule(NamedTuple):
     """Decode rows of a step, in order, and what programs tell each other.
 
@@ -66,7 +67,9 @@ def schedule_kernel(
         mask = mask & (m == 1)
         n = tl.load(batch.seq_lens + b, mask=mask, other=1) - 1
         block_ptr = batch.block_table + b.to(tl.int64) * batch.block_table_stride
-        s = tl.load(state.state_of_block + tl.load(block_ptr, mask=mask, other=0), mask=mask, other=0)
+        s = tl.load(
+            state.state_of_block + tl.load(block_ptr, mask=mask, other=0), mask=mask, other=0
+        )
         live = tl.load(state.live + row_index(s, layer, h, geo), mask=mask, other=0)
         live = tl.where((n == 0) | (s == 0), 0, live)
         tiles = tl.where(mask, tl.cdiv(live + 1, BLOCK_N), 0)
@@ -90,7 +93,9 @@ def schedule_kernel(
         begin = tl.load(row_tile + middle, mask=low < high, other=0)
         low = tl.where((low < high) & (begin <= tile), middle + 1, low)
         high = tl.where((low < high) & (begin > tile), middle, high)
-    tl.store(schedule.first_row + layer * schedule.PROGRAMS + p, low - 1, mask=p < schedule.PROGRAMS)
+    tl.store(
+        schedule.first_row + layer * schedule.PROGRAMS + p, low - 1, mask=p < schedule.PROGRAMS
+    )
 
 
 @triton.jit
@@ -102,7 +107,9 @@ def load_tile(ptr, offsets, mask, geo):
 
 
 @triton.jit
-def attend_row(q, q_scale, state, row, live, first, end, geo, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def attend_row(
+    q, q_scale, state, row, live, first, end, geo, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Online softmax of q [BLOCK_M, D_PAD] over tiles [first, end) of a row.
 
     q_scale [BLOCK_M] turns a dot product into a base-2 score.
@@ -132,7 +139,17 @@ def attend_row(q, q_scale, state, row, live, first, end, geo, BLOCK_M: tl.conste
 
 
 @triton.jit
-def merge_row(out_ptr, schedule, row_begin, row_end, share, geo, G: tl.constexpr, G_PAD: tl.constexpr, BLOCK: tl.constexpr):
+def merge_row(
+    out_ptr,
+    schedule,
+    row_begin,
+    row_end,
+    share,
+    geo,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write [G, D] from the partial results of all programs that had tiles of a row."""
     offs_g = tl.arange(0, G_PAD)
     offs_d = tl.arange(0, geo.D_PAD)
@@ -202,7 +219,9 @@ def decode_kernel(
         live = tl.where(s == 0, 0, tl.load(state.live + row))
         end = tl.minimum(row_end, stop)
 
-        q = tl.load(query_ptr + token * stride_query + h * G * geo.D + offs_q, mask=mask_q, other=0.0)
+        q = tl.load(
+            query_ptr + token * stride_query + h * G * geo.D + offs_q, mask=mask_q, other=0.0
+        )
         q_scale = tl.full([BLOCK_M], 1.0, tl.float32) * score_scale
         first = tile - row_begin
         if geo.QUANTIZED:
@@ -233,8 +252,6 @@ def decode_kernel(
             others = (row_end - 1) // share - row_begin // share
             if tl.atomic_add(schedule.arrived + i, 1, sem="acq_rel") == others:
                 tl.store(schedule.arrived + i, 0)
-                merge_row(
-                    out_ptr, schedule, row_begin, row_end, share, geo, G, G_PAD, BLOCK_MERGE
-                )
+                merge_row(out_ptr, schedule, row_begin, row_end, share, geo, G, G_PAD, BLOCK_MERGE)
         tile = end
         i += 1

@@ -19,6 +19,7 @@ from vllm_dms.backend.kernels.common import (
     slot_offset,
 )
 
+
 @triton.jit
 def attend_tile(q, k, v, acc, top, total, score_scale, visible, MASKED: tl.constexpr):
     """One step of the online softmax: q [M, D_PAD], k and v [N, D_PAD], visible [M, N] or [1, N]."""
@@ -72,9 +73,7 @@ def attend_survivors(
         else:
             page = page_of(state, geo, row, slot, mask)
         k, v = load_slots(state, page, slot, mask, q.dtype, geo, MASKED)
-        acc, top, total = attend_tile(
-            q, k, v, acc, top, total, score_scale, mask[None, :], MASKED
-        )
+        acc, top, total = attend_tile(q, k, v, acc, top, total, score_scale, mask[None, :], MASKED)
     return acc, top, total
 
 
@@ -87,7 +86,9 @@ def attend_ring(
         j = j0 + tl.arange(0, BLOCK_N)
         mask = j < n
         slot = j % geo.R
-        k, v = load_slots(state, page_of(state, geo, row, slot, mask), slot, mask, q.dtype, geo, True)
+        k, v = load_slots(
+            state, page_of(state, geo, row, slot, mask), slot, mask, q.dtype, geo, True
+        )
         evict = tl.load(state.evict_ring + row * geo.R + slot, mask=mask, other=1)
         in_window = position[:, None] - j[None, :] < geo.R
         visible = mask[None, :] & (in_window | (evict == 0)[None, :])

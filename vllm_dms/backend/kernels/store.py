@@ -64,8 +64,6 @@ def store_token_kernel(
     alpha = tl.load(alpha_ptr + alpha_offs, mask=mask_h, other=0.0)
     decision = decide(alpha, alpha_scale, alpha_offset) & EVICT
     verdict = tl.load(state.evict_ring + row * geo.R + ring, mask=mask_h, other=1) != 0
-    if SHIFT and geo.R == 1:
-        verdict = decision
     live = tl.load(state.live + row, mask=mask_h, other=0)
     live = tl.where(n == 0, 0, live)
 
@@ -90,10 +88,9 @@ def store_token_kernel(
 
     bits = state.evict_ring + row * geo.R
     if SHIFT:
+        last = (n + geo.R - 1) % geo.R
+        tl.store(bits + last, decision.to(tl.uint8), mask=mask_h & (n > 0))
         tl.store(bits + ring, (h * 0).to(tl.uint8), mask=mask_h)
-        if geo.R > 1:
-            last = (n + geo.R - 1) % geo.R
-            tl.store(bits + last, decision.to(tl.uint8), mask=mask_h & (n > 0))
     else:
         tl.store(bits + ring, decision.to(tl.uint8), mask=mask_h)
     tl.store(state.page_table + row * geo.MAX_PAGES + live // geo.P, new_page, mask=fresh)
@@ -150,7 +147,9 @@ def store_plan_kernel(
         t = t0 + tl.arange(0, BLOCK)
         mask = t < m
         out = (start + t).to(tl.int64) * geo.H + h
-        verdict = chunk_verdict(alpha_ptr, stride_alpha, t, m, alpha_scale, alpha_offset, SHIFT, EVICT)
+        verdict = chunk_verdict(
+            alpha_ptr, stride_alpha, t, m, alpha_scale, alpha_offset, SHIFT, EVICT
+        )
         tl.store(evict_ptr + out, verdict.to(tl.uint8), mask=mask)
 
         left = t - geo.R  # chunk token that leaves as t arrives; below 0: n + left is in the ring

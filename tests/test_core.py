@@ -1,5 +1,8 @@
 """Laws of the scheduler's side: blocks follow survivors, and nobody uses what it does not hold."""
 
+from collections import deque
+
+import numpy as np
 import pytest
 from core_sim import Engine, make_config, make_engine, make_layout
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +10,9 @@ from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
 from vllm_dms.backend.layout import choose_page_size
-from vllm_dms.core.ledger import Growth
+from vllm_dms.core.ledger import Growth, Step
+from vllm_dms.core.manager import check_integrity
+from vllm_dms.core.shortage import Shortage, Shortages
 
 # Prompts of up to four chunks; answers long enough for several pages of survivors.
 arrival = st.tuples(
@@ -88,16 +93,43 @@ def test_a_request_that_can_never_fit_ends_with_an_error_and_the_others_go_on(la
 
 
 def test_the_block_that_names_a_failed_request_is_not_given_to_another():
-    engine = make_engine(4.0, lag=1)
-    engine.add("dense", 180, 20, keep=1.0)
-    while not engine.manager.shortages.condemned:
-        engine.step()
-    # Aborted by its client, while the worker's answer about its first block is on its way.
-    engine.scheduler.finish_requests("dense", RequestStatus.FINISHED_ABORTED)
-    engine.add("next", 100, 20, keep=0.0)
-    engine.drain()
-    assert engine.finished == {"next": "length"}
-    assert engine.manager.block_pool.get_num_free_blocks() == 7
+    manager = make_engine(4.0).manager  # 7 blocks
+    manager.allocate_new_blocks("dense", 48, 48)
+    first = manager.req_to_blocks["dense"][0].block_id
+    step_id = manager.close_step(["dense"]).step_id
+    # 48 slots in each of 4 rows are 24 pages of 8; all are kept.
+    manager.merge(step_id, np.array([[24, 4, 4, 4, 4, 4 * 48]]))
+    assert manager.get_num_blocks_to_allocate("dense", 200, [], 48, 48, 200) > 7
+    assert manager.should_wait()
+    assert manager.close_step([]).fail_blocks == {first}
+    assert manager.should_wait() and not manager.close_step([]).fail_blocks  # told once
+    manager.free("dense")
+    check_integrity(manager)
+    free = manager.block_pool.get_new_blocks(manager.block_pool.get_num_free_blocks())
+    assert len(free) == 6 and first not in [block.block_id for block in free]
+    manager.forget_failed({first})
+    assert manager.block_pool.get_num_free_blocks() == 1
+
+
+def test_waiting_for_reports_ends_with_those_in_flight_at_its_start():
+    class Ledger:
+        def recoverable(self):
+            return 100
+
+    def step(step_id):
+        return Step(step_id, *[np.zeros(0)] * 3)
+
+    in_flight = deque([step(1), step(2)])
+    shortages = Shortages(Ledger(), in_flight, reserve_compression=1.0)
+    shortages.note(Shortage("a", state=1, first_block=5, needed=4, missing=2))
+    waits = []
+    for step_id in (3, 4, 5):
+        waits.append(shortages.should_wait(num_usable_blocks=10))
+        in_flight.popleft()
+        in_flight.append(step(step_id))
+    assert waits == [True, True, False]
+    shortages.resolved("a")
+    assert shortages.should_wait(num_usable_blocks=10)
 
 
 def test_nobody_is_preempted_when_a_report_in_flight_brings_the_blocks():

@@ -1,4 +1,5 @@
-"""Laws of the retrofit: its files load as promised, its forward is the reference's, a run is reproducible."""
+"""Laws of the retrofit: its files load as promised, its forward is the reference's, a run is
+reproducible."""
 
 import json
 
@@ -24,9 +25,21 @@ from vllm_dms.retrofit.losses import live_tokens
 from vllm_dms.retrofit.recipe import Recipe
 
 WINDOW = 6
-SIZE = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=0.2)
+SIZE = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=0,
+    initializer_range=0.2,
+)
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
@@ -56,9 +69,36 @@ def dense(tmp_path_factory):
 
 def run(model, out, *extra):
     """The command with settings under which 12 steps make a random model evict about half."""
-    cli.main([str(model), "--data", str(model / "text.txt"), "--out", str(out), "--window", str(WINDOW),
-              "--ratio", "2", "--steps", "12", "--batch", "2", "--length", "48", "--lr", "2e-3", "--ramp", "0.3",
-              "--penalty", "20", "--log-every", "1", "--save-dtype", "float32", *extra])
+    cli.main(
+        [
+            str(model),
+            "--data",
+            str(model / "text.txt"),
+            "--out",
+            str(out),
+            "--window",
+            str(WINDOW),
+            "--ratio",
+            "2",
+            "--steps",
+            "12",
+            "--batch",
+            "2",
+            "--length",
+            "48",
+            "--lr",
+            "2e-3",
+            "--ramp",
+            "0.3",
+            "--penalty",
+            "20",
+            "--log-every",
+            "1",
+            "--save-dtype",
+            "float32",
+            *extra,
+        ]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,11 +111,19 @@ def test_output_loads_and_agrees_with_the_reference(dense, tmp_path, family, dia
     base = FAMILIES[family][1].__name__
     assert config["architectures"] == [base + "DMS" if dialect == "adapter" else base]
     assert DMSConfig.from_checkpoint(config) == DMSConfig(
-        dialect=f"nvidia-{dialect}", window=WINDOW, alpha_scale=100.0, alpha_offset=5.0, shift=1, nominal_ratio=2.0)
+        dialect=f"nvidia-{dialect}",
+        window=WINDOW,
+        alpha_scale=100.0,
+        alpha_offset=5.0,
+        shift=1,
+        nominal_ratio=2.0,
+    )
 
     model, dms = load_dms(tmp_path, torch.float32)
     reference = ReferenceModel.from_dir(tmp_path)
-    expected = {f"model.layers.{i}.{suffix}" for i in range(2) for suffix in weight_suffixes(dms)[0]}
+    expected = {
+        f"model.layers.{i}.{suffix}" for i in range(2) for suffix in weight_suffixes(dms)[0]
+    }
     if bias and dialect == "adapter":
         expected |= {f"model.layers.{i}.self_attn.dms_proj_alpha.bias" for i in range(2)}
     assert {n for n in reference.weights if "dms_" in n} == expected
@@ -90,23 +138,36 @@ def test_output_loads_and_agrees_with_the_reference(dense, tmp_path, family, dia
     assert torch.equal(decisions[..., 1:], truth.evict[..., :-1])
     share = decisions.float().mean()
     assert 0.1 < share < 0.95, f"{share} evicted: the comparison needs both kinds"
-    torch.testing.assert_close(logits.log_softmax(-1), truth.logits.log_softmax(-1), rtol=0, atol=2e-4)
-    assert (logits - open_logits).abs().max() > 0.05, "eviction must matter for the comparison to mean anything"
+    torch.testing.assert_close(
+        logits.log_softmax(-1), truth.logits.log_softmax(-1), rtol=0, atol=2e-4
+    )
+    assert (logits - open_logits).abs().max() > 0.05, (
+        "eviction must matter for the comparison to mean anything"
+    )
 
 
 def test_frozen_weights_stay(dense, tmp_path):
     source = dense("qwen3", attention_bias=False)
     run(source, tmp_path)
-    before, after = ReferenceModel.from_dir(source).weights, ReferenceModel.from_dir(tmp_path).weights
+    before, after = (
+        ReferenceModel.from_dir(source).weights,
+        ReferenceModel.from_dir(tmp_path).weights,
+    )
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_borrowed_changes_only_its_rows(dense, tmp_path):
     source = dense("llama", attention_bias=False)
     run(source, tmp_path, "--dialect", "borrowed")
-    before, after = ReferenceModel.from_dir(source).weights, ReferenceModel.from_dir(tmp_path).weights
-    changed = {name: (before[name] != after[name]).any(-1).nonzero().flatten().tolist()
-               for name in before if not torch.equal(before[name], after[name])}
+    before, after = (
+        ReferenceModel.from_dir(source).weights,
+        ReferenceModel.from_dir(tmp_path).weights,
+    )
+    changed = {
+        name: (before[name] != after[name]).any(-1).nonzero().flatten().tolist()
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
     # Heads 0 and 2 of 16 channels are the first of their groups.
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight": [15, 47] for i in range(2)}
 
@@ -134,6 +195,7 @@ def test_resumed_run_equals_uninterrupted(dense, tmp_path, train):
 def _stop_after(step, run_method):
     def stopped(self, *args, **kwargs):
         return run_method(self, *args, stop_after=step, **kwargs)
+
     return stopped
 
 
@@ -145,16 +207,19 @@ def test_resume_refuses_another_recipe(dense, tmp_path, capsys):
     assert "another tau" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--ratio", "0.5"], "--ratio is 0.5, but it must be at least 1"),
-    (["--length", "6"], "--length is 6, but it must be more than the window"),
-    (["--micro-batch", "3"], "--micro-batch is 3, but it must be a divisor of batch"),
-    (["--dialect", "other"], "adapter or borrowed"),
-    (["--train", "all", "--dtype", "bfloat16"], "needs --dtype float32"),
-    (["--length", "4000"], "less than one row"),
-    (["--eval-rows", "100"], "give more text"),
-    (["--data", "missing.txt"], "there is no such file"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratio", "0.5"], "--ratio is 0.5, but it must be at least 1"),
+        (["--length", "6"], "--length is 6, but it must be more than the window"),
+        (["--micro-batch", "3"], "--micro-batch is 3, but it must be a divisor of batch"),
+        (["--dialect", "other"], "adapter or borrowed"),
+        (["--train", "all", "--dtype", "bfloat16"], "needs --dtype float32"),
+        (["--length", "4000"], "less than one row"),
+        (["--eval-rows", "100"], "give more text"),
+        (["--data", "missing.txt"], "there is no such file"),
+    ],
+)
 def test_errors_name_the_setting(dense, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         run(dense("qwen3", attention_bias=False), tmp_path, *arguments)
@@ -195,7 +260,8 @@ def test_random_eviction_matches_its_rates():
 def test_live_tokens_counts_survivors():
     evict = torch.zeros(10)
     evict[[1, 3, 9]] = 1
-    # W = 2, shift 1: keys 0..6 are outside; deciders 1..7 evict keys 0 and 2; decider 9 speaks of key 8, inside.
+    # W = 2, shift 1: keys 0..6 are outside; deciders 1..7 evict keys 0 and 2; decider 9 speaks of
+    # key 8, inside.
     assert live_tokens(evict, window=2, shift=1).item() == 8
 
 

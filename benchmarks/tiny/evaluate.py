@@ -1,4 +1,5 @@
-"""Needle accuracy of a DMS checkpoint in plain PyTorch, beside eviction off and two controls of the same memory.
+"""Needle accuracy of a DMS checkpoint in plain PyTorch, beside eviction off and two controls of
+the same memory.
 
 python -m benchmarks.tiny.evaluate MODEL [--length 4096] [--documents 64] [--out FILE.json]
 """
@@ -34,12 +35,19 @@ class Tally:
 
     def report(self) -> dict:
         kl, live = torch.cat(self.kl), torch.stack(self.live)
-        return {"needle_accuracy": (self.hits.sum() / self.asked.sum()).item(),
-                "accuracy_by_depth": [round(x, 4) for x in (self.hits / self.asked.clamp_min(1)).tolist()],
-                "kl_mean": kl.mean().item(), "kl_max": kl.max().item(),
-                "top1_agreement": torch.cat(self.same).float().mean().item(),
-                "live_compression": 1 / live.mean().item(),
-                "live_share_per_head": [[round(x, 4) for x in layer] for layer in live.mean(0).tolist()]}
+        return {
+            "needle_accuracy": (self.hits.sum() / self.asked.sum()).item(),
+            "accuracy_by_depth": [
+                round(x, 4) for x in (self.hits / self.asked.clamp_min(1)).tolist()
+            ],
+            "kl_mean": kl.mean().item(),
+            "kl_max": kl.max().item(),
+            "top1_agreement": torch.cat(self.same).float().mean().item(),
+            "live_compression": 1 / live.mean().item(),
+            "live_share_per_head": [
+                [round(x, 4) for x in layer] for layer in live.mean(0).tolist()
+            ],
+        }
 
 
 class Evaluation:
@@ -54,23 +62,27 @@ class Evaluation:
         tally = Tally()
         for row, spots in self.documents:
             ids = torch.tensor([row], device=self.model.device)
-            truth = self.model.lm_head(forward(self.model, ids, self.dms, keep_all).hidden)[0].float()
+            truth = self.model.lm_head(forward(self.model, ids, self.dms, keep_all).hidden)[
+                0
+            ].float()
             output = forward(self.model, ids, dms, gate)
             logits = self.model.lm_head(output.hidden)[0].float()
             best = logits.argmax(-1)
             for first, depth in spots:
                 span = slice(first, first + needles.CODE_TOKENS)
                 band = min(int(depth * DEPTHS), DEPTHS - 1)
-                tally.hits[band] += bool((best[first - 1:span.stop - 1] == ids[0, span]).all())
+                tally.hits[band] += bool((best[first - 1 : span.stop - 1] == ids[0, span]).all())
                 tally.asked[band] += 1
             # Before the window is full nothing has been evicted.
-            truth, logits = (x[self.dms.window + 1:].log_softmax(-1) for x in (truth, logits))
+            truth, logits = (x[self.dms.window + 1 :].log_softmax(-1) for x in (truth, logits))
             tally.kl.append((truth.exp() * (truth - logits)).sum(-1).cpu())
             tally.same.append((truth.argmax(-1) == logits.argmax(-1)).cpu())
             evict = output.evict[:, 0].float()
             tally.evict.append(evict.mean(-1).cpu())
             live = len(row) if gate is keep_all else live_tokens(evict, dms.window, dms.shift)
-            tally.live.append((live / torch.full(evict.shape[:2], len(row), device=evict.device)).cpu())
+            tally.live.append(
+                (live / torch.full(evict.shape[:2], len(row), device=evict.device)).cpu()
+            )
         return tally
 
     def run(self) -> dict:
@@ -88,8 +100,9 @@ class Evaluation:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("model", metavar="MODEL", type=Path)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=64, help="of up to 16 needles each")
@@ -101,11 +114,19 @@ def main(argv: list[str] | None = None) -> None:
     model, dms = load_dms(args.model, getattr(torch, args.dtype))
     report = Evaluation(model.to(device), dms, args.seed, args.length, args.documents).run()
     for name, arm in report.items():
-        print(f"{name:16} accuracy {arm['needle_accuracy']:.4f} by depth {arm['accuracy_by_depth']} "
-              f"KL {arm['kl_mean']:.4f} live compression {arm['live_compression']:.2f}")
+        print(
+            f"{name:16} accuracy {arm['needle_accuracy']:.4f} by depth {arm['accuracy_by_depth']} "
+            f"KL {arm['kl_mean']:.4f} live compression {arm['live_compression']:.2f}"
+        )
     if args.out:
-        result = {"model": str(args.model), "length": args.length, "documents": args.documents, "seed": args.seed,
-                  "dtype": args.dtype, "arms": report}
+        result = {
+            "model": str(args.model),
+            "length": args.length,
+            "documents": args.documents,
+            "seed": args.seed,
+            "dtype": args.dtype,
+            "arms": report,
+        }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

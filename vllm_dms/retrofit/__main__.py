@@ -13,36 +13,73 @@ from .recipe import Recipe
 from .trainer import LOG, STATE, Trainer
 
 HELP = {
-    "ratio": "final compression target", "window": "tokens that are always visible",
+    "ratio": "final compression target",
+    "window": "tokens that are always visible",
     "dialect": "adapter: extra weights, the base model is untouched; borrowed: a query channel",
     "train": "decisions: only what decides; all: every weight",
-    "steps": "optimizer steps", "batch": "rows a step", "micro_batch": "rows a forward",
-    "length": "tokens a row", "lr": "learning rate", "ramp": "share of the run in which the target rises",
-    "penalty": "weight of the share that should have been evicted and was not", "tau": "temperature of the gate",
-    "alpha_scale": "scale of the decision logit", "alpha_offset": "offset of the decision logit",
+    "steps": "optimizer steps",
+    "batch": "rows a step",
+    "micro_batch": "rows a forward",
+    "length": "tokens a row",
+    "lr": "learning rate",
+    "ramp": "share of the run in which the target rises",
+    "penalty": "weight of the share that should have been evicted and was not",
+    "tau": "temperature of the gate",
+    "alpha_scale": "scale of the decision logit",
+    "alpha_offset": "offset of the decision logit",
     "seed": "of batches and noise",
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_dms.retrofit", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Turns a dense Qwen3 or Llama checkpoint into a DMS checkpoint in NVIDIA's formats.")
-    parser.add_argument("model", metavar="MODEL", type=Path, help="directory in Hugging Face format")
-    parser.add_argument("--data", type=Path, required=True, help='.jsonl with a "text" per line, or plain text')
-    parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint; training/ holds the log")
+        prog="python -m vllm_dms.retrofit",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Turns a dense Qwen3 or Llama checkpoint into a DMS checkpoint in NVIDIA's "
+        "formats.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="directory in Hugging Face format"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help='.jsonl with a "text" per line, or plain text'
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for the checkpoint; training/ holds the log",
+    )
     for field in fields(Recipe):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default,
-                            help=HELP[field.name])
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights while training "
-                        "(default: bfloat16 on a GPU, float32 on a CPU or with --train all)")
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=field.type,
+            default=field.default,
+            help=HELP[field.name],
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the frozen weights while training "
+        "(default: bfloat16 on a GPU, float32 on a CPU or with --train all)",
+    )
     parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers: less memory")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="finish within this time")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute layers: less memory"
+    )
+    parser.add_argument(
+        "--max-minutes", type=float, default=float("inf"), help="finish within this time"
+    )
     parser.add_argument("--log-every", type=int, default=10, help="steps between log records")
-    parser.add_argument("--save-minutes", type=float, default=5.0, help="minutes between training states")
-    parser.add_argument("--eval-rows", type=int, default=4, help="rows of the data kept for the final evaluation")
-    parser.add_argument("--resume", action="store_true", help="continue from OUT/training, if there is a state")
+    parser.add_argument(
+        "--save-minutes", type=float, default=5.0, help="minutes between training states"
+    )
+    parser.add_argument(
+        "--eval-rows", type=int, default=4, help="rows of the data kept for the final evaluation"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from OUT/training, if there is a state"
+    )
     return parser
 
 
@@ -64,26 +101,39 @@ def retrofit(args: argparse.Namespace) -> dict:
     wide = recipe.train == "all" or device == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if wide else "bfloat16"))
     if recipe.train == "all" and dtype != torch.float32:
-        raise ValueError("--train all needs --dtype float32: bfloat16 weights swallow small updates.")
+        raise ValueError(
+            "--train all needs --dtype float32: bfloat16 weights swallow small updates."
+        )
     model = checkpoint.load_dense(args.model, dtype).to(device)
     rows = data.load_rows(args.data, AutoTokenizer.from_pretrained(args.model), recipe.length)
     if len(rows) <= args.eval_rows:
-        raise ValueError(f"the data holds {len(rows)} rows of {recipe.length} tokens and --eval-rows takes "
-                         f"{args.eval_rows} of them: give more text.")
-    train_rows, eval_rows = rows[:len(rows) - args.eval_rows], rows[len(rows) - args.eval_rows:]
+        raise ValueError(
+            f"the data holds {len(rows)} rows of {recipe.length} tokens and --eval-rows takes "
+            f"{args.eval_rows} of them: give more text."
+        )
+    train_rows, eval_rows = rows[: len(rows) - args.eval_rows], rows[len(rows) - args.eval_rows :]
     work = args.out / "training"
     trainer = Trainer(model, train_rows, recipe, work, checkpointing=args.gradient_checkpointing)
-    print(f"{len(train_rows)} rows of {recipe.length} tokens; "
-          f"{sum(p.numel() for p in trainer.trained.values())} trained parameters in {len(trainer.trained)} tensors")
+    print(
+        f"{len(train_rows)} rows of {recipe.length} tokens; "
+        f"{sum(p.numel() for p in trainer.trained.values())} trained parameters in "
+        f"{len(trainer.trained)} tensors"
+    )
     if args.resume and (work / STATE).is_file():
         trainer.resume()
         print(f"resumed at step {trainer.step}")
     trainer.run(args.max_minutes, args.log_every, args.save_minutes)
     result = trainer.evaluate(eval_rows)
-    summary = {"recipe": recipe.to_dict(), "steps": trainer.step, "seconds": round(trainer.seconds, 1),
-               "evaluation": result}
+    summary = {
+        "recipe": recipe.to_dict(),
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "evaluation": result,
+    }
     (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    checkpoint.save(model, trainer.dms, recipe.tau, args.model, args.out, getattr(torch, args.save_dtype))
+    checkpoint.save(
+        model, trainer.dms, recipe.tau, args.model, args.out, getattr(torch, args.save_dtype)
+    )
     if not plot_log(work / LOG, work / "curves.png"):
         print("no plot: matplotlib is not installed")
     print(json.dumps(result))

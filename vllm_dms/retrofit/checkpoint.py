@@ -11,25 +11,41 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig
 
 # Everything else in a model directory that a server or a client reads.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-                   "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 # Training state, kept beside the weights under names that transformers does not have.
 ROWS = "dms_rows"
 
 
 def load_dense(path: Path, dtype: torch.dtype) -> nn.Module:
-    """A dense Qwen3 or Llama model; refuses other architectures and checkpoints that already have DMS."""
+    """A dense Qwen3 or Llama model; refuses other architectures and checkpoints that have DMS."""
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json: MODEL must be a directory in Hugging Face format.")
+        raise ValueError(
+            f"{path} has no config.json: MODEL must be a directory in Hugging Face format."
+        )
     config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
     if not any(n in SUPPORTED_ARCHITECTURES for n in names):
-        raise ValueError(f"architectures is {names}: the retrofit knows {', '.join(SUPPORTED_ARCHITECTURES)}.")
+        raise ValueError(
+            f"architectures is {names}: the retrofit knows {', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
     if any(key.startswith("dms_") for key in config.to_dict()):
         raise ValueError(f"{path} is a DMS checkpoint already: start from the dense model.")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"{path} has sliding-window layers: they have no use for DMS. Use a full-attention model.")
+        raise ValueError(
+            f"{path} has sliding-window layers: they have no use for DMS. Use a full-attention "
+            "model."
+        )
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
@@ -47,7 +63,9 @@ def load_dms(path: Path, dtype: torch.dtype) -> tuple[nn.Module, DMSConfig]:
         missing, _ = model.load_state_dict(_dms_weights(path), strict=False)
         absent = [name for name in missing if "dms_" in name]
         if absent:
-            raise ValueError(f"{path} lacks weights that its config.json promises: {', '.join(absent)}.")
+            raise ValueError(
+                f"{path} lacks weights that its config.json promises: {', '.join(absent)}."
+            )
         model.to(dtype)
     return model, dms
 
@@ -58,7 +76,8 @@ def _dms_weights(path: Path) -> dict[str, torch.Tensor]:
     found = {}
     for shard in sorted(path.glob("*.safetensors")):
         with safe_open(shard, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if "dms_" in name}
+            names = [name for name in tensors.keys() if "dms_" in name]  # noqa: SIM118 - no dict
+            found |= {name: tensors.get_tensor(name) for name in names}
     return found
 
 
@@ -68,12 +87,18 @@ def _add_adapters(model: nn.Module) -> None:
     for layer in model.model.layers:
         attn = layer.self_attn
         # NVIDIA's class makes the bias follow the model's own attention_bias.
-        attn.dms_proj_alpha = nn.Linear(config.hidden_size, config.num_key_value_heads,
-                                        bias=bool(getattr(config, "attention_bias", False)), device=device)
+        attn.dms_proj_alpha = nn.Linear(
+            config.hidden_size,
+            config.num_key_value_heads,
+            bias=bool(getattr(config, "attention_bias", False)),
+            device=device,
+        )
         nn.init.zeros_(attn.dms_proj_alpha.weight)
         if attn.dms_proj_alpha.bias is not None:
             nn.init.zeros_(attn.dms_proj_alpha.bias)
-        attn.dms_proj_alpha_norm = type(layer.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps).to(device)
+        attn.dms_proj_alpha_norm = type(layer.input_layernorm)(
+            config.hidden_size, eps=config.rms_norm_eps
+        ).to(device)
 
 
 def _borrowed_rows(attn: nn.Module) -> slice:
@@ -98,7 +123,9 @@ def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.P
                 attn.q_proj.weight[_borrowed_rows(attn)] = 0
                 if attn.q_proj.bias is not None:
                     attn.q_proj.bias[_borrowed_rows(attn)] = 0
-            rows = torch.zeros(model.config.num_key_value_heads, model.config.hidden_size, device=model.device)
+            rows = torch.zeros(
+                model.config.num_key_value_heads, model.config.hidden_size, device=model.device
+            )
             attn.register_parameter(ROWS, nn.Parameter(rows))
     trained = {}
     for name, parameter in model.named_parameters():
@@ -107,8 +134,10 @@ def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.P
     return trained
 
 
-def save(model: nn.Module, dms: DMSConfig, tau: float, source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Writes `out`: weights in `dtype`, config.json with NVIDIA's keys, the tokenizer of `source`."""
+def save(
+    model: nn.Module, dms: DMSConfig, tau: float, source: Path, out: Path, dtype: torch.dtype
+) -> None:
+    """Writes `out`: weights in `dtype`, config.json with NVIDIA's keys, `source`'s tokenizer."""
     state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}.self_attn."
@@ -123,9 +152,14 @@ def save(model: nn.Module, dms: DMSConfig, tau: float, source: Path, out: Path, 
     config |= {
         "architectures": [base + "DMS" if dms.adapter else base],
         "dtype": str(dtype).removeprefix("torch."),
-        "dms_alpha_scale": dms.alpha_scale, "dms_initial_alpha_offset": dms.alpha_offset,
-        "dms_window_size": dms.window, "dms_cr": dms.nominal_ratio, "dms_disable_eviction": False,
-        "dms_separate_alpha": dms.adapter, "dms_alpha_per": dms.alpha_per, "dms_tau": tau,
+        "dms_alpha_scale": dms.alpha_scale,
+        "dms_initial_alpha_offset": dms.alpha_offset,
+        "dms_window_size": dms.window,
+        "dms_cr": dms.nominal_ratio,
+        "dms_disable_eviction": False,
+        "dms_separate_alpha": dms.adapter,
+        "dms_alpha_per": dms.alpha_per,
+        "dms_tau": tau,
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in TOKENIZER_FILES:

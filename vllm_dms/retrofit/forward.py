@@ -28,16 +28,19 @@ class Output:
 
 
 def visibility(log_keep: torch.Tensor, window: int, start: int, stop: int) -> torch.Tensor:
-    """log_keep (B, H, T) by key -> scores' additive mask (B, H, stop - start, stop) for queries [start, stop)."""
+    """log_keep (B, H, T) by key -> scores' additive mask (B, H, stop - start, stop) for queries
+    [start, stop)."""
     queries = torch.arange(start, stop, device=log_keep.device)[:, None]
     distance = queries - torch.arange(stop, device=log_keep.device)
     mask = torch.where(distance > window, log_keep[:, :, None, :stop], 0.0)
     return mask.masked_fill(distance < 0, -torch.inf)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_keep: torch.Tensor | None,
-              window: int) -> torch.Tensor:
-    """q (B, Hq, T, D); k, v (B, H, T, D); log_keep (B, H, T) by key, None: causal only -> (B, Hq, T, D)."""
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_keep: torch.Tensor | None, window: int
+) -> torch.Tensor:
+    """q (B, Hq, T, D); k, v (B, H, T, D); log_keep (B, H, T) by key, None: causal only
+    -> (B, Hq, T, D)."""
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     # One call per member of the group: k, v and the mask are shared without being repeated.
     members = [q[:, g::group] for g in range(group)]
@@ -49,15 +52,21 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_keep: torch
     for start in range(0, tokens, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, tokens)
         mask = visibility(log_keep, window, start, stop)
-        outs = [F.scaled_dot_product_attention(m[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], attn_mask=mask)
-                for m in members]
+        outs = [
+            F.scaled_dot_product_attention(
+                m[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], attn_mask=mask
+            )
+            for m in members
+        ]
         chunks.append(torch.stack(outs, 2).flatten(1, 2))
     return torch.cat(chunks, 2)
 
 
 def rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     """Like the model's RMSNorm, with an fp32 weight rounded to x's dtype: as it will be served."""
-    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    scaled = x.float() * torch.rsqrt(
+        x.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
+    )
     return norm.weight.to(x.dtype) * scaled.to(x.dtype)
 
 
@@ -65,11 +74,14 @@ def adapter_alpha(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """x (B, T, hidden) before the layer's norm -> alpha (B, H, T)."""
     proj = attn.dms_proj_alpha
     bias = None if proj.bias is None else proj.bias.to(x.dtype)
-    return F.linear(rms_norm(x, attn.dms_proj_alpha_norm), proj.weight.to(x.dtype), bias).transpose(1, 2)
+    return F.linear(rms_norm(x, attn.dms_proj_alpha_norm), proj.weight.to(x.dtype), bias).transpose(
+        1, 2
+    )
 
 
-def queries_and_alpha(attn: nn.Module, x: torch.Tensor, normed: torch.Tensor, dms: DMSConfig
-                      ) -> tuple[torch.Tensor, torch.Tensor]:
+def queries_and_alpha(
+    attn: nn.Module, x: torch.Tensor, normed: torch.Tensor, dms: DMSConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """-> q (B, Hq, T, D) before RoPE, with a borrowed channel still in place; alpha (B, H, T)."""
     q = attn.q_proj(normed).unflatten(-1, (-1, attn.head_dim))
     group = attn.num_key_value_groups
@@ -105,8 +117,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
 
 
-def decoder_layer(layer: nn.Module, index: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                  dms: DMSConfig | None, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
+def decoder_layer(
+    layer: nn.Module,
+    index: int,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    dms: DMSConfig | None,
+    gate: Gate,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, T, hidden) -> the same, and evict (B, H, T). dms None: the original model."""
     attn = layer.self_attn
     normed = layer.input_layernorm(x)
@@ -127,21 +146,31 @@ def decoder_layer(layer: nn.Module, index: int, x: torch.Tensor, cos: torch.Tens
     q = without_borrowed(q, attn.num_key_value_groups) if borrowed else q
     if log_keep is not None:
         # Token j's fate is decided at j + shift; the newest tokens have no verdict yet.
-        log_keep = F.pad(log_keep[..., dms.shift:], (0, dms.shift), value=0.0)
+        log_keep = F.pad(log_keep[..., dms.shift :], (0, dms.shift), value=0.0)
     out = attention(q, k, v, log_keep, dms.window if dms else 0)
     x = x + attn.o_proj(out.transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x)), evict
 
 
-def forward(model: nn.Module, ids: torch.Tensor, dms: DMSConfig | None, gate: Gate = keep_all, *,
-            checkpointing: bool = False) -> Output:
-    """ids (B, T) through a Qwen3ForCausalLM or LlamaForCausalLM; dms None: the original, dense model."""
+def forward(
+    model: nn.Module,
+    ids: torch.Tensor,
+    dms: DMSConfig | None,
+    gate: Gate = keep_all,
+    *,
+    checkpointing: bool = False,
+) -> Output:
+    """ids (B, T) through a Qwen3ForCausalLM or LlamaForCausalLM; dms None: the dense model."""
     x = model.model.embed_tokens(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     cos, sin = model.model.rotary_emb(x, positions)
     evicts = []
     for index, layer in enumerate(model.model.layers):
         args = (layer, index, x, cos, sin, dms, gate)
-        x, evict = checkpoint(decoder_layer, *args, use_reentrant=False) if checkpointing else decoder_layer(*args)
+        x, evict = (
+            checkpoint(decoder_layer, *args, use_reentrant=False)
+            if checkpointing
+            else decoder_layer(*args)
+        )
         evicts.append(evict)
     return Output(model.model.norm(x), torch.stack(evicts))

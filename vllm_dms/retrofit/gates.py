@@ -31,7 +31,8 @@ def _log_keep(evict: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class GumbelSigmoid:
-    """The training gate: soft in attention, hard with a straight-through gradient in the share evicted.
+    """The training gate: soft in attention, hard with a straight-through gradient in the share
+    evicted.
 
     The noise is a pure function of (seed, layer): a recomputed forward draws the same.
     """

@@ -9,20 +9,31 @@ from torch.utils.checkpoint import checkpoint
 TOKEN_CHUNK = 2048
 
 
-def _kl_chunk(student: torch.Tensor, teacher: torch.Tensor, student_head: nn.Module, teacher_head: nn.Module
-              ) -> torch.Tensor:
+def _kl_chunk(
+    student: torch.Tensor, teacher: torch.Tensor, student_head: nn.Module, teacher_head: nn.Module
+) -> torch.Tensor:
     """Hidden states (N, hidden) of both -> KL(teacher || student) of each token (N)."""
     target = teacher_head(teacher).float().log_softmax(-1)
     guess = student_head(student).float().log_softmax(-1)
     return F.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
 
 
-def forward_kl(student: torch.Tensor, teacher: torch.Tensor, student_head: nn.Module, teacher_head: nn.Module
-               ) -> torch.Tensor:
-    """Hidden states (B, T, hidden) -> forward KL of each token (B * T), logits never held as a whole."""
-    parts = zip(student.flatten(0, 1).split(TOKEN_CHUNK), teacher.flatten(0, 1).split(TOKEN_CHUNK), strict=True)
-    return torch.cat([checkpoint(_kl_chunk, s, t, student_head, teacher_head, use_reentrant=False)
-                      for s, t in parts])
+def forward_kl(
+    student: torch.Tensor, teacher: torch.Tensor, student_head: nn.Module, teacher_head: nn.Module
+) -> torch.Tensor:
+    """Hidden states (B, T, hidden) -> forward KL of each token (B * T); logits are never held as a
+    whole."""
+    parts = zip(
+        student.flatten(0, 1).split(TOKEN_CHUNK),
+        teacher.flatten(0, 1).split(TOKEN_CHUNK),
+        strict=True,
+    )
+    return torch.cat(
+        [
+            checkpoint(_kl_chunk, s, t, student_head, teacher_head, use_reentrant=False)
+            for s, t in parts
+        ]
+    )
 
 
 def live_tokens(evict: torch.Tensor, window: int, shift: int) -> torch.Tensor:
@@ -30,7 +41,7 @@ def live_tokens(evict: torch.Tensor, window: int, shift: int) -> torch.Tensor:
     tokens = evict.shape[-1]
     # Key j has left the window when T - 1 - j > W; its verdict stands at j + shift.
     outside = max(tokens - window - 1, 0)
-    return min(tokens, window + 1) + outside - evict[..., shift:shift + outside].sum(-1)
+    return min(tokens, window + 1) + outside - evict[..., shift : shift + outside].sum(-1)
 
 
 def live_compression(evict: torch.Tensor, window: int, shift: int) -> float:

@@ -27,7 +27,12 @@ def plot_log(log: Path, png: Path) -> bool:
     ratio.legend()
     for layer in range(len(records[0]["per_head_evicted"])):
         for head in range(len(records[0]["per_head_evicted"][layer])):
-            heads.plot(steps, [r["per_head_evicted"][layer][head] for r in records], label=f"{layer}.{head}", lw=1)
+            heads.plot(
+                steps,
+                [r["per_head_evicted"][layer][head] for r in records],
+                label=f"{layer}.{head}",
+                lw=1,
+            )
     heads.set(xlabel="step", title="share evicted by layer.head", ylim=(0, 1))
     if sum(len(layer) for layer in records[0]["per_head_evicted"]) <= 16:
         heads.legend(ncols=2, fontsize="small")

@@ -7,7 +7,7 @@ from vllm_dms.config import DMSConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults follow NVIDIA Model-Optimizer where it has a value (tau, scale, offset, betas, ramp)."""
+    """Defaults follow NVIDIA Model-Optimizer where it has one (tau, scale, offset, betas, ramp)."""
 
     ratio: float = 8.0  # final compression target: 1 / (1 - share evicted)
     window: int = 512
@@ -33,8 +33,14 @@ class Recipe:
             "train": (self.train in ("decisions", "all"), "decisions or all"),
             "steps": (self.steps >= 1, "at least 1"),
             "batch": (self.batch >= 1, "at least 1"),
-            "micro_batch": (self.micro_batch >= 1 and self.batch % self.micro_batch == 0, "a divisor of batch"),
-            "length": (self.length > self.window + 1, f"more than the window, {self.window} + 1 tokens"),
+            "micro_batch": (
+                self.micro_batch >= 1 and self.batch % self.micro_batch == 0,
+                "a divisor of batch",
+            ),
+            "length": (
+                self.length > self.window + 1,
+                f"more than the window, {self.window} + 1 tokens",
+            ),
             "lr": (self.lr > 0, "above 0"),
             "ramp": (0 < self.ramp <= 1, "in (0, 1]"),
             "penalty": (self.penalty > 0, "above 0"),
@@ -42,11 +48,20 @@ class Recipe:
         }
         for name, (valid, requirement) in checks.items():
             if not valid:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be {requirement}.")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be "
+                    f"{requirement}."
+                )
 
     def dms(self) -> DMSConfig:
-        return DMSConfig(dialect=f"nvidia-{self.dialect}", window=self.window, alpha_scale=self.alpha_scale,
-                         alpha_offset=self.alpha_offset, shift=1, nominal_ratio=self.ratio)
+        return DMSConfig(
+            dialect=f"nvidia-{self.dialect}",
+            window=self.window,
+            alpha_scale=self.alpha_scale,
+            alpha_offset=self.alpha_offset,
+            shift=1,
+            nominal_ratio=self.ratio,
+        )
 
     def target_ratio(self, progress: float) -> float:
         """Linear from 1 to the final ratio over the ramp."""

@@ -1,4 +1,5 @@
-"""The training loop: distil the masked student from the uncompressed teacher while the target ratio rises."""
+"""The training loop: distil the masked student from the uncompressed teacher while the target
+ratio rises."""
 
 import copy
 import json
@@ -20,10 +21,18 @@ STATE, LOG = "state.pt", "log.jsonl"
 
 
 class Trainer:
-    """Owns model, optimizer and log. A run is a pure function of (model, rows, recipe), however it is interrupted."""
+    """Owns model, optimizer and log. A run is a pure function of (model, rows, recipe), however it
+    is interrupted."""
 
-    def __init__(self, model: nn.Module, rows: torch.Tensor, recipe: Recipe, work: Path, *,
-                 checkpointing: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: torch.Tensor,
+        recipe: Recipe,
+        work: Path,
+        *,
+        checkpointing: bool = False,
+    ):
         self.model, self.rows, self.recipe, self.work = model, rows, recipe, work
         self.checkpointing = checkpointing
         self.dms = recipe.dms()
@@ -31,7 +40,9 @@ class Trainer:
         shared = recipe.train == "decisions" and recipe.dialect == "adapter"
         self.teacher = model if shared else copy.deepcopy(model).requires_grad_(False)
         self.trained = prepare(model, self.dms, recipe.train == "all")
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
         self.device = model.device
         # fp32 weights are trained under bf16 autocast on a GPU; bf16 weights need none.
         self.autocast = self.device.type == "cuda" and model.dtype == torch.float32
@@ -39,9 +50,13 @@ class Trainer:
         work.mkdir(parents=True, exist_ok=True)
 
     def save_state(self) -> None:
-        state = {"step": self.step, "seconds": self.seconds, "recipe": self.recipe.to_dict(),
-                 "trained": {n: p.detach().cpu() for n, p in self.trained.items()},
-                 "optimizer": self.optimizer.state_dict()}
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "recipe": self.recipe.to_dict(),
+            "trained": {n: p.detach().cpu() for n, p in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
         partial = self.work / (STATE + ".partial")
         torch.save(state, partial)
         partial.replace(self.work / STATE)
@@ -51,17 +66,24 @@ class Trainer:
         mine = self.recipe.to_dict()
         changed = [k for k, v in state["recipe"].items() if mine[k] != v]
         if changed:
-            raise ValueError(f"{self.work / STATE} was written with another {', '.join(changed)}: "
-                             "resume with the same settings, or start again without --resume.")
+            raise ValueError(
+                f"{self.work / STATE} was written with another {', '.join(changed)}: "
+                "resume with the same settings, or start again without --resume."
+            )
         with torch.no_grad():
             for name, value in state["trained"].items():
                 self.trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def run(self, max_minutes: float, log_every: int = 10, save_minutes: float = 5.0, stop_after: int | None = None
-            ) -> None:
-        """Trains to the last step, or to `max_minutes`: then the schedules are squeezed into that time."""
+    def run(
+        self,
+        max_minutes: float,
+        log_every: int = 10,
+        save_minutes: float = 5.0,
+        stop_after: int | None = None,
+    ) -> None:
+        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that."""
         log = (self.work / LOG).open("a" if self.step else "w")
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         bar = tqdm(total=self.recipe.steps, initial=self.step, desc="retrofit", mininterval=5)
@@ -74,8 +96,11 @@ class Trainer:
             if record:
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-                bar.set_postfix(kl=f"{record['kl']:.4f}", target=f"{record['target_ratio']:.2f}",
-                                live=f"{record['live_compression']:.2f}")
+                bar.set_postfix(
+                    kl=f"{record['kl']:.4f}",
+                    target=f"{record['target_ratio']:.2f}",
+                    live=f"{record['live_compression']:.2f}",
+                )
             self.step += 1
             bar.update()
             if time.monotonic() - saved > 60 * save_minutes:
@@ -108,11 +133,20 @@ class Trainer:
         kl, evict = torch.stack(kls).mean().item(), torch.cat(evicts, dim=1)
         share = evict.mean().item()
         penalty = recipe.penalty * max(recipe.target_share(progress) - share, 0.0)
-        return {"step": self.step, "seconds": round(self.seconds, 2), "lr": recipe.learning_rate(progress),
-                "loss": kl + penalty, "kl": kl, "penalty": penalty, "share_evicted": share,
-                "target_ratio": recipe.target_ratio(progress),
-                "live_compression": live_compression(evict, recipe.window, self.dms.shift),
-                "per_head_evicted": [[round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()]}
+        return {
+            "step": self.step,
+            "seconds": round(self.seconds, 2),
+            "lr": recipe.learning_rate(progress),
+            "loss": kl + penalty,
+            "kl": kl,
+            "penalty": penalty,
+            "share_evicted": share,
+            "target_ratio": recipe.target_ratio(progress),
+            "live_compression": live_compression(evict, recipe.window, self.dms.shift),
+            "per_head_evicted": [
+                [round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()
+            ],
+        }
 
     def student_loss(self, ids: torch.Tensor, gate) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (B, T) -> mean KL to the teacher, decisions (L, B, H, T)"""
@@ -129,16 +163,26 @@ class Trainer:
         kls, matches, evicts = [], [], []
         for ids in rows.long().to(self.device).split(1):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                teacher = self.teacher.lm_head(forward(self.teacher, ids, None).hidden).float().log_softmax(-1)
+                teacher = (
+                    self.teacher.lm_head(forward(self.teacher, ids, None).hidden)
+                    .float()
+                    .log_softmax(-1)
+                )
                 output = forward(self.model, ids, self.dms, hard)
                 student = self.model.lm_head(output.hidden).float().log_softmax(-1)
             # Before anything can have been evicted the two agree by construction.
-            teacher, student = (x[:, self.recipe.window + 1:] for x in (teacher, student))
+            teacher, student = (x[:, self.recipe.window + 1 :] for x in (teacher, student))
             kls.append((teacher.exp() * (teacher - student)).sum(-1).flatten())
             matches.append((teacher.argmax(-1) == student.argmax(-1)).flatten())
             evicts.append(output.evict)
         kl, evict = torch.cat(kls), torch.cat(evicts, dim=1)
-        return {"rows": len(rows), "kl_mean": kl.mean().item(), "kl_max": kl.max().item(),
-                "top1_agreement": torch.cat(matches).float().mean().item(),
-                "live_compression": live_compression(evict, self.recipe.window, self.dms.shift),
-                "per_head_evicted": [[round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()]}
+        return {
+            "rows": len(rows),
+            "kl_mean": kl.mean().item(),
+            "kl_max": kl.max().item(),
+            "top1_agreement": torch.cat(matches).float().mean().item(),
+            "live_compression": live_compression(evict, self.recipe.window, self.dms.shift),
+            "per_head_evicted": [
+                [round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()
+            ],
+        }

@@ -1,0 +1,174 @@
+"""What surrounds a number: where it was measured, with what, and how runs become one summary."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _output_of(*command: str, cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def git_commit(path: Path) -> str | None:
+    commit = _output_of("git", "rev-parse", "--short=10", "HEAD", cwd=path)
+    changed = _output_of("git", "status", "--porcelain", "--", "../vllm_dms", ".", cwd=path)
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def gpu_name() -> str:
+    names = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return names.splitlines()[0] if names else "none (CPU)"
+
+
+def gpu_memory() -> dict[str, int]:
+    used = _output_of("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+    return {"gpu_memory_mib": int(used.splitlines()[0])} if used else {}
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def new_report(run_id: str | None, commit: str | None, model: Path) -> dict[str, Any]:
+    """One run's JSON, still without results. ``commit``: for a copy of the tree without .git."""
+    now = datetime.now(UTC)
+    return {
+        "run_id": run_id or now.strftime("%Y%m%d-%H%M%S"),
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit or git_commit(Path(__file__).parent),
+        "gpu": gpu_name(),
+        "versions": {name: version_of(name) for name in ("vllm", "vllm-dms", "torch", "triton")},
+        "model": json.loads((model / "dms" / "synthetic.json").read_text()),
+        "weights_dtype": "bfloat16",
+        "arms": {},
+        "rows": [],
+    }
+
+
+def facts_of_engine(config: Any) -> dict[str, Any]:
+    """Of a started engine's VllmConfig."""
+    cache, scheduler, compilation = (
+        config.cache_config,
+        config.scheduler_config,
+        config.compilation_config,
+    )
+    sizes = compilation.cudagraph_capture_sizes or []
+    return {
+        "pool_bytes": cache.kv_cache_memory_bytes,
+        "num_blocks": cache.num_gpu_blocks,
+        "block_size": cache.block_size,
+        "pool_tokens": cache.num_gpu_blocks * cache.block_size,
+        "max_model_len": config.model_config.max_model_len,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "async_scheduling": scheduler.async_scheduling,
+        "prefix_caching": cache.enable_prefix_caching,
+        "compilation": compilation.mode.name,
+        "cudagraphs": compilation.cudagraph_mode.name,
+        "largest_graph": max(sizes, default=0),
+        **gpu_memory(),
+    }
+
+
+def facts_of_log(log: str) -> dict[str, Any]:
+    """What only the log tells."""
+    backends = set(re.findall(r"Using (\w+) attention backend", log))
+    versions = set(re.findall(r"Using FlashAttention version (\d)", log))
+
+    def those_with(text: str) -> list[str]:
+        return [line.split("] ", 1)[-1] for line in log.splitlines() if text in line]
+
+    return {
+        "attention": ", ".join(sorted(backends)) + "".join(f" (FA{v})" for v in sorted(versions)),
+        "banner": those_with("DMS cache:")[:1],
+        "compression": those_with("live compression")[-1:],
+    }
+
+
+def first_error(log: Path) -> str:
+    """The exception that came first: later ones say that a process is gone."""
+    found = re.search(r"\w+Error: .+", log.read_text(errors="replace"))
+    return found.group()[:400] if found else f"see {log.name}"
+
+
+def full_row(report: dict[str, Any], arm: str, group: str, row: Row) -> Row:
+    engine = report["arms"][arm][group].get("engine", {})
+    return {
+        "run_id": report["run_id"],
+        "arm": arm,
+        **row,
+        "gpu": report["gpu"],
+        "commit": report["commit"],
+        "date": report["date"],
+        "vllm": report["versions"]["vllm"],
+        "torch": report["versions"]["torch"],
+        "weights_dtype": report["weights_dtype"],
+        "pool_bytes": engine.get("pool_bytes"),
+        "model": report["model"]["shape"],
+        "layers": report["model"]["layers"],
+        "dms_window": report["model"]["window"],
+        "rates": report["model"]["rates"],
+        "mean_keep": report["model"]["mean_keep"],
+        "cudagraphs": engine.get("cudagraphs"),
+        "command": report["command"],
+    }
+
+
+def one_line(row: Row) -> str:
+    figures = ("concurrency", "decode_tok_s", "prefill_tok_s", "requests_held", "preemptions",
+               "live_compression", "context")  # fmt: skip
+    parts = [f"{name}={row[name]:.5g}" for name in figures if row.get(name) is not None]
+    return f"{row['arm']:12}{row['workload']:14}{' '.join(parts)}"
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Rows of both; of a workload, an older run goes when a newer one covers all of its arms. So
+    arms that were measured side by side stay together."""
+    new = list(new)
+    measured = _arms(new)
+    kept = []
+    old = [r for r in old if r["run_id"] not in {n["run_id"] for n in new}]
+    arms_of_old = _arms(old)
+    for row in old:
+        key = (row["run_id"], row["workload"])
+        replaced = any(
+            workload == row["workload"] and arms_of_old[key] <= arms
+            for (_, workload), arms in measured.items()
+        )
+        if not replaced:
+            kept.append(row)
+    return sorted(kept + new, key=lambda r: (r["workload"], r["run_id"], r["concurrency"]))
+
+
+def _arms(rows: Iterable[Row]) -> dict[tuple[str, str], set[str]]:
+    arms: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        arms.setdefault((row["run_id"], row["workload"]), set()).add(row["arm"])
+    return arms
+
+
+def update_summary(path: Path, rows: list[Row]) -> None:
+    write_json(path, merge(json.loads(path.read_text()) if path.exists() else [], rows))
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,249 @@
+"""Make a DMS checkpoint of a published shape: random weights, chosen eviction rates.
+
+    python benchmarks/synthetic.py Qwen3-8B --out /tmp/qwen3-8b [--rates uniform] [--layers 4]
+
+Speed and memory do not depend on what the weights say, except through which tokens are evicted;
+that is what is set here, head by head. The output holds two checkpoints over the same weights:
+
+    OUT/dms     NVIDIA's adapter dialect, for --kv-cache-dtype dms and dms_fp8
+    OUT/dense   the published architecture without the adapter, for stock vLLM
+
+How the rate is set: embeddings are random but for channel 0, which is 1 for every token, and layers
+add little to them and nothing to channel 0. After RMSNorm a token is thus a Gaussian vector x and a
+constant, and an adapter row (bias, w) evicts it with probability Phi((bias - offset/scale) / |w|).
+The text that such a model writes is noise: sample with temperature 1, or it repeats one token.
+"""
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+from safetensors.torch import save_file
+from shapes import SHAPES, read_shape
+
+ALPHA_SCALE, ALPHA_OFFSET = 100.0, 5.0
+ALPHA_SPREAD = 0.3  # |w|: standard deviation of alpha over tokens
+LAYER_GAIN = 0.03  # rms of what attention or MLP adds to a residual stream of rms 1
+TAIL = 1.2  # standard deviation of log keep over heads: live lengths differ by about 10x
+MAX_POSITION = 1 << 18  # raised for the shape, so that long prompts need no flag
+LAYERS_PER_SHARD = 4
+
+
+def head_keep_rates(layers: int, heads: int, mean: float, rates: str, seed: int) -> torch.Tensor:
+    """-> (L, H) share of tokens that each head keeps past its window; ``mean`` on average"""
+    if rates == "uniform":
+        return torch.full((layers, heads), mean)
+    if rates != "heavy":
+        raise ValueError(f"rates is {rates!r}, but it must be 'uniform' or 'heavy'.")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.exp(TAIL * torch.randn(layers, heads, generator=generator))
+    low, high = 0.0, 1.0 / weight.mean().item()
+    for _ in range(60):  # the factor at which the clamped rates have the mean asked for
+        factor = (low + high) / 2
+        too_small = (factor * weight).clamp(0.002, 0.98).mean() < mean
+        low, high = (factor, high) if too_small else (low, factor)
+    return (factor * weight).clamp(0.002, 0.98)
+
+
+class _Maker:
+    def __init__(self, shape: dict, keep: torch.Tensor, seed: int) -> None:
+        self.shape, self.keep = shape, keep
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def randn(self, rows: int, cols: int, std: float, silent: bool = False) -> torch.Tensor:
+        """``silent``: leaves the constant channel of the residual stream alone"""
+        w = torch.empty(rows, cols, dtype=torch.bfloat16, device=self.device)
+        w.normal_(0.0, std, generator=self.generator)
+        if silent:
+            w[0] = 0
+        return w
+
+    def ones(self, size: int, value: float = 1.0) -> torch.Tensor:
+        return torch.full((size,), value, dtype=torch.bfloat16, device=self.device)
+
+    def ends(self) -> dict[str, torch.Tensor]:
+        hidden, vocab = self.shape["hidden_size"], self.shape["vocab_size"]
+        embed = self.randn(vocab, hidden, 1.0)
+        embed[:, 0] = 1.0
+        tied = self.shape["tie_word_embeddings"]
+        # With tied embeddings a token's own logit is hidden times this: keep it far from certain.
+        weights = {
+            "model.embed_tokens.weight": embed,
+            "model.norm.weight": self.ones(hidden, 5.0 / hidden if tied else 1.0),
+        }
+        if not tied:
+            weights["lm_head.weight"] = self.randn(vocab, hidden, hidden**-0.5)
+        return weights
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        shape, p = self.shape, f"model.layers.{index}"
+        hidden, inner, d = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+        q_size, kv_size = shape["num_attention_heads"] * d, shape["num_key_value_heads"] * d
+        unit = hidden**-0.5
+        weights = {
+            f"{p}.input_layernorm.weight": self.ones(hidden),
+            f"{p}.post_attention_layernorm.weight": self.ones(hidden),
+            f"{p}.self_attn.q_proj.weight": self.randn(q_size, hidden, unit),
+            f"{p}.self_attn.k_proj.weight": self.randn(kv_size, hidden, unit),
+            f"{p}.self_attn.v_proj.weight": self.randn(kv_size, hidden, unit),
+            f"{p}.self_attn.o_proj.weight": self.randn(
+                hidden, q_size, LAYER_GAIN * q_size**-0.5, silent=True
+            ),
+            f"{p}.mlp.gate_proj.weight": self.randn(inner, hidden, unit),
+            f"{p}.mlp.up_proj.weight": self.randn(inner, hidden, unit),
+            f"{p}.mlp.down_proj.weight": self.randn(
+                hidden, inner, LAYER_GAIN * inner**-0.5, silent=True
+            ),
+        }
+        if shape["model_type"] == "qwen3":
+            weights[f"{p}.self_attn.q_norm.weight"] = self.ones(d)
+            weights[f"{p}.self_attn.k_norm.weight"] = self.ones(d)
+        return weights
+
+    def adapters(self) -> dict[str, torch.Tensor]:
+        hidden, weights = self.shape["hidden_size"], {}
+        for index, rates in enumerate(self.keep.tolist()):
+            rows = torch.randn(len(rates), hidden, generator=self.generator, device=self.device)
+            rows[:, 0] = 0
+            rows *= ALPHA_SPREAD / rows.norm(dim=1, keepdim=True)
+            for row, keep in zip(rows, rates, strict=True):
+                row[0] = ALPHA_OFFSET / ALPHA_SCALE + ALPHA_SPREAD * NormalDist().inv_cdf(1 - keep)
+            attn = f"model.layers.{index}.self_attn"
+            weights[f"{attn}.dms_proj_alpha.weight"] = rows.to(torch.bfloat16)
+            weights[f"{attn}.dms_proj_alpha_norm.weight"] = self.ones(hidden)
+        return weights
+
+
+def make_checkpoint(
+    out: Path,
+    name: str,
+    shape: dict,
+    *,
+    rates: str = "heavy",
+    keep: float = 0.126,
+    window: int = 512,
+    seed: int = 0,
+) -> dict:
+    """Writes OUT/dms and OUT/dense; returns what synthetic.json records."""
+    layers = shape["num_hidden_layers"]
+    keep_rates = head_keep_rates(layers, shape["num_key_value_heads"], keep, rates, seed)
+    config = {
+        **shape,
+        "max_position_embeddings": MAX_POSITION,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": shape["vocab_size"] - 1,
+    }
+    rule = {
+        "architectures": [f"{shape['architectures'][0]}DMS"],
+        "dms_window_size": window,
+        "dms_alpha_scale": ALPHA_SCALE,
+        "dms_initial_alpha_offset": ALPHA_OFFSET,
+        "dms_cr": round(1 / keep),
+        "dms_alpha_per": "head",
+        "dms_separate_alpha": True,
+    }
+    dms, dense = out / "dms", out / "dense"
+    for path in (dms, dense):
+        path.mkdir(parents=True, exist_ok=True)
+        for old in path.glob("*.safetensors*"):
+            old.unlink()
+    index = _write_weights(dms, _Maker(shape, keep_rates, seed))
+    (dms / "config.json").write_text(json.dumps(config | rule, indent=1))
+    _write_index(dms, index)
+    (dense / "config.json").write_text(json.dumps(config, indent=1))
+    dense_index = {name: file for name, file in index.items() if "dms_" not in name}
+    for file in sorted(set(dense_index.values())):
+        (dense / file).symlink_to(Path("..") / "dms" / file)
+    _write_index(dense, dense_index)
+    tokenizer = number_tokenizer(shape["vocab_size"])
+    record = {
+        "shape": name,
+        "layers": layers,
+        "window": window,
+        "rates": rates,
+        "mean_keep": keep_rates.mean().item(),
+        "seed": seed,
+        "keep": [[round(k, 5) for k in row] for row in keep_rates.tolist()],
+    }
+    for path in (dms, dense):
+        tokenizer.save_pretrained(path)
+        (path / "synthetic.json").write_text(json.dumps(record))
+    return record
+
+
+def _write_weights(path: Path, maker: _Maker) -> dict[str, str]:
+    """-> file of each tensor. Shards are written while the next ones are made."""
+    layers = maker.shape["num_hidden_layers"]
+    starts = range(0, layers, LAYERS_PER_SHARD)
+    groups = [range(i, min(i + LAYERS_PER_SHARD, layers)) for i in starts]
+    index: dict[str, str] = {}
+    with ThreadPoolExecutor(3) as pool:
+        pending = []
+
+        def write(file: str, weights: dict[str, torch.Tensor]) -> None:
+            index.update(dict.fromkeys(weights, file))
+            on_host = {name: w.cpu().contiguous() for name, w in weights.items()}
+            pending.append(pool.submit(save_file, on_host, path / file, metadata={"format": "pt"}))
+            if len(pending) > 3:
+                pending.pop(0).result()
+
+        total = len(groups) + 1
+        write(f"model-00001-of-{total:05}.safetensors", maker.ends())
+        for i, group in enumerate(groups, start=2):
+            weights = {name: w for layer in group for name, w in maker.layer(layer).items()}
+            write(f"model-{i:05}-of-{total:05}.safetensors", weights)
+        write("adapter.safetensors", maker.adapters())
+        for future in pending:
+            future.result()
+    return index
+
+
+def _write_index(path: Path, index: dict[str, str]) -> None:
+    content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+    (path / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def number_tokenizer(vocab_size: int):
+    """Token i is the word "ti": any sequence of tokens survives decoding and encoding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="t0",
+        eos_token=f"t{vocab_size - 1}",
+        model_max_length=MAX_POSITION,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shape", help=f"a config.json, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="fewer layers than the published model")
+    parser.add_argument("--rates", choices=("uniform", "heavy"), default="heavy")
+    parser.add_argument("--keep", type=float, default=0.126, help="mean share kept past the window")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    name, shape = read_shape(args.shape)
+    if args.layers:
+        shape["num_hidden_layers"] = args.layers
+    options = {key: getattr(args, key) for key in ("rates", "keep", "window", "seed")}
+    record = make_checkpoint(args.out, name, shape, **options)
+    print(f"{args.out}: {name}, {record['layers']} layers, mean keep {record['mean_keep']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The kernels at the sizes and with the launch parameters that serve, and inside a CUDA graph."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_kernels import Case, assert_as_good_as_torch, assert_same_state, check, null_batch
+
+pytestmark = pytest.mark.gpu
+
+SERVED = Case(
+    dim=128, heads=8, group=4, window=512, page=64, lengths=(1, 63, 513, 1500, 2100),
+    rates=(0.95, 0.5, 0.9, 1.0, 0.0, 0.8, 0.99, 0.7), tuning=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_at_the_size_that_serves(fp8):
+    # Long chunks first, so that few of the plain version's slow steps remain.
+    chunks = (700, 1, 260, 513, 1, 640)
+    check(replace(SERVED, dtype=torch.bfloat16, fp8=fp8, chunks=chunks))
+
+
+def test_a_captured_step_replays_for_other_requests():
+    """Captured on the null state, replayed twice: the same as the eager steps."""
+    case = replace(SERVED, dtype=torch.bfloat16, lengths=(600, 700), chunks=(597, 1))
+    eager, expected = case.run(kernels=True)
+    harness, seqs = case.harness(kernels=True), case.sequences()
+    for index, seq in enumerate(seqs):
+        harness.start(index)
+        harness.step([(index, seq, len(seq) - 2)])
+
+    inputs = [getattr(seqs[0], n)[:3].clone() for n in ("query", "key", "value", "alpha")]
+    query, key, value, alpha = inputs
+    output = torch.zeros_like(query)
+    batch = null_batch(harness, counts=(1, 1, 1), stored=(0, 0, 0))
+
+    def step():
+        for layer in range(2):
+            harness.ops.store(harness.state, batch, harness.config, layer, key, value, alpha)
+            harness.ops.decode(harness.state, batch, layer, query, output, harness.scale)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    batch.query_start.copy_(torch.tensor([0, 1, 2, 2]))  # the third row is padding
+    batch.block_table[:2, 0] = harness.rows[:, 0]
+    for _ in range(2):
+        for i, seq in enumerate(seqs):
+            for tensor, name in zip(inputs, ("query", "key", "value", "alpha"), strict=True):
+                tensor[i] = getattr(seq, name)[seq.stored]
+            seq.stored += 1
+            batch.seq_lens[i] = seq.stored
+        graph.replay()
+        for i, seq in enumerate(seqs):
+            seq.outputs.append(output[i : i + 1].clone())
+    assert_same_state(case, harness, eager)
+    for seq, truth in zip(seqs, expected, strict=True):
+        assert_as_good_as_torch(case, seq, truth)

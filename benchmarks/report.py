@@ -9,8 +9,8 @@ Facts and ratios only. A ratio compares two rows of one run. A row that loses st
 import argparse
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,41 @@ WORKLOADS = {
 }
 PLOT_HASH = "vllm-dms-rows"  # key in the PNG of the hash of the rows it shows
 
+SERVE = re.compile(r"serve-(\d+)-(\d+)")  # bench_server.py's, named after its lengths
+
 Row = dict[str, Any]
-Line = tuple[str, int | None]  # workload, concurrency where it tells lines apart
+Line = tuple[int, int, str]  # sorts lines; its last part is the title
+
+
+def kind_of(workload: str) -> tuple[str, str, str]:
+    """(title, the row's figure, its unit)"""
+    served = SERVE.fullmatch(workload)
+    if served:
+        title = f"`vllm bench serve`, {served[1]} in, {served[2]} out, concurrency {{c}}"
+        return title, "decode_tok_s", "tok/s"
+    if workload not in WORKLOADS:
+        raise ValueError(f"workload {workload!r} has no line in the report. Add it to WORKLOADS.")
+    return WORKLOADS[workload]
 
 
 def line_of(row: Row) -> Line:
-    per_concurrency = "{c}" in WORKLOADS[row["workload"]][0]
-    return row["workload"], row["concurrency"] if per_concurrency else None
-
-
-def known_rows(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["workload"] in WORKLOADS and row["arm"] in ARM_NAMES]
+    title, _, unit = kind_of(row["workload"])
+    order = [*WORKLOADS, row["workload"]].index(row["workload"])
+    concurrency = row["concurrency"] if "{c}" in title else 0
+    rate = row.get("request_rate") or "inf"
+    notes = [f"{rate} requests/s"] if str(rate) != "inf" else []
+    return (
+        order,
+        concurrency,
+        ", ".join([title.format(c=concurrency), *notes, *filter(None, [unit])]),
+    )
 
 
 def lines_of(rows: list[Row]) -> list[Line]:
-    order = list(WORKLOADS)
-    return sorted({line_of(r) for r in rows}, key=lambda line: (order.index(line[0]), line[1] or 0))
+    unknown = sorted({row["arm"] for row in rows} - set(ARM_NAMES))
+    if unknown:
+        raise ValueError(f"arms {unknown} have no column in the report. Add them to ARM_NAMES.")
+    return sorted({line_of(row) for row in rows})
 
 
 def choose(rows: list[Row], line: Line, arms: tuple[str, ...]) -> list[Row | None]:
@@ -70,7 +89,7 @@ def choose(rows: list[Row], line: Line, arms: tuple[str, ...]) -> list[Row | Non
 
 
 def figure(row: Row | None) -> float | None:
-    return row and row.get(WORKLOADS[row["workload"]][1])
+    return row and row.get(kind_of(row["workload"])[1])
 
 
 def cell(row: Row | None) -> str:
@@ -102,9 +121,7 @@ def table(rows: list[Row]) -> str:
         bf16, dms = choose(rows, line, PAIRS[0])
         fp8, dms_fp8 = choose(rows, line, PAIRS[1])
         (noevict,) = choose(rows, line, ("dms_noevict",))
-        title, _, unit = WORKLOADS[line[0]]
-        title = title.format(c=line[1]) + (f", {unit}" if unit else "")
-        left = [title, *map(cell, (bf16, noevict, dms)), ratio(bf16, dms)]
+        left = [line[-1], *map(cell, (bf16, noevict, dms)), ratio(bf16, dms)]
         text.append([*left, *map(cell, (fp8, dms_fp8)), ratio(fp8, dms_fp8)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
@@ -209,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, default=HERE / "results" / "serving.png")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
     args = parser.parse_args(argv)
-    rows = known_rows(json.loads(args.summary.read_text())) if args.summary.exists() else []
+    rows = json.loads(args.summary.read_text()) if args.summary.exists() else []
     old = args.readme.read_text()
     new = with_section(old, results_section(rows))
     if args.check:

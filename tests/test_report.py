@@ -28,7 +28,7 @@ def row(arm, workload="decode-8k", run_id="r1", concurrency=8, **figures):
 
 
 def lines(rows):
-    return report.table(report.known_rows(rows)).splitlines()[2:]
+    return report.table(rows).splitlines()[2:]
 
 
 def test_a_losing_row_stays_and_its_ratio_is_below_one():
@@ -70,6 +70,21 @@ def test_lines_are_sorted_by_workload_then_concurrency():
         "decode at 8K, concurrency 64, tok/s",
         "requests of 8K held at once",
     ]
+
+
+def test_server_rows_have_lines_of_their_own_by_rate():
+    rows = [row("dms", "serve-1024-512", concurrency=64, decode_tok_s=1.0, request_rate=rate)
+            for rate in ("8", "inf")]  # fmt: skip
+    assert [line.split("|")[1].strip() for line in lines(rows)] == [
+        "`vllm bench serve`, 1024 in, 512 out, concurrency 64, 8 requests/s, tok/s",
+        "`vllm bench serve`, 1024 in, 512 out, concurrency 64, tok/s",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"workload": "decode-9k"}, {"arm": "dense"}], ids=str)
+def test_no_row_is_dropped_silently(wrong):
+    with pytest.raises(ValueError, match="in the report"):
+        report.table([row("dms", decode_tok_s=1.0) | wrong])
 
 
 def test_without_rows_the_section_is_empty(tmp_path):

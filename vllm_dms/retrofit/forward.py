@@ -144,7 +144,7 @@ def decoder_layer(
     q = without_borrowed(q, attn.num_key_value_groups) if borrowed else q
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     q = without_borrowed(q, attn.num_key_value_groups) if borrowed else q
-    if log_keep is not None:
+    if dms is not None and log_keep is not None:
         # Token j's fate is decided at j + shift; the newest tokens have no verdict yet.
         log_keep = F.pad(log_keep[..., dms.shift :], (0, dms.shift), value=0.0)
     out = attention(q, k, v, log_keep, dms.window if dms else 0)

@@ -55,7 +55,7 @@ class Recipe:
 
     def dms(self) -> DMSConfig:
         return DMSConfig(
-            dialect=f"nvidia-{self.dialect}",
+            dialect="nvidia-adapter" if self.dialect == "adapter" else "nvidia-borrowed",
             window=self.window,
             alpha_scale=self.alpha_scale,
             alpha_offset=self.alpha_offset,

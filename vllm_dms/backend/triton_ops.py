@@ -287,6 +287,7 @@ class TritonOps:
         decode_kernel[(schedule.PROGRAMS,)](
             query, output, query.stride(0), output.stride(0), state_args, schedule,
             layer, scale * LOG2_E, geo,
-            G=self.group, G_PAD=pad, BLOCK_M=max(self.tuning.decode_rows, pad), BLOCK_N=tuning.decode_block,
-            BLOCK_MERGE=merge, num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
+            G=self.group, G_PAD=pad, BLOCK_M=max(self.tuning.decode_rows, pad),
+            BLOCK_N=tuning.decode_block, BLOCK_MERGE=merge,
+            num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
         )  # fmt: skip

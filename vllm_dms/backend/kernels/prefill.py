@@ -22,7 +22,7 @@ from vllm_dms.backend.kernels.common import (
 
 @triton.jit
 def attend_tile(q, k, v, acc, top, total, score_scale, visible, MASKED: tl.constexpr):
-    """One step of the online softmax: q [M, D_PAD], k and v [N, D_PAD], visible [M, N] or [1, N]."""
+    """One step of the online softmax: q [M, D_PAD]; k, v [N, D_PAD]; visible [M, N] or [1, N]."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))

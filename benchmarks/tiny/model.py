@@ -15,6 +15,7 @@ class Stage:
     length: int  # tokens a row
     batch: int  # rows a step
     steps: int
+    drills: float  # share of rows that are drills (see needles)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(256, 5, 4, 2, 64, 768,
-                   (Stage(128, 1024, 500), Stage(512, 256, 400), Stage(1024, 128, 300), Stage(4096, 32, 900)),
-                   lr=0.02, muon_lr=0.02, held_out_length=4096, held_out_documents=64, window=64),
+                   (Stage(128, 1024, 500, 0.9), Stage(512, 256, 400, 0.2), Stage(1024, 128, 300, 0.1),
+                    Stage(4096, 32, 900, 0.1)),
+                   lr=0.01, muon_lr=0.02, held_out_length=4096, held_out_documents=64, window=64),
     # Two cores, a few minutes: the same scripts at a length where a CPU learns the task.
-    "smoke": Preset(128, 3, 4, 2, 32, 256, (Stage(96, 16, 600), Stage(256, 8, 600)),
+    "smoke": Preset(128, 3, 4, 2, 32, 256, (Stage(96, 16, 500, 0.9), Stage(256, 8, 900, 0.2)),
                     lr=0.02, muon_lr=0.02, held_out_length=256, held_out_documents=16, window=16),
-    "test": Preset(64, 2, 4, 2, 16, 96, (Stage(64, 4, 3), Stage(128, 2, 3)),
+    "test": Preset(64, 2, 4, 2, 16, 96, (Stage(64, 4, 3, 0.9), Stage(128, 2, 3, 0.2)),
                    lr=0.02, muon_lr=0.02, held_out_length=128, held_out_documents=2, window=16),
 }
 ROPE_THETA = 100000.0

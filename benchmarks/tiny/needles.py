@@ -14,8 +14,6 @@ from . import lexicon as lex
 
 FILLER, NEW_VALUE, RECALL = 0, 1, 2  # label of a piece: what predicting it takes
 CODE_TOKENS = 2  # a code is four digits, two a token
-# Training texts without filler: many recalls a token, without which matching by name is learned late.
-DRILL_SHARE = 0.3
 _SPLIT = re.compile(r"<\|\w+\|>| ?\d{1,2}| ?[^\W\d_]+|[^\w\s]|\s")
 
 
@@ -171,10 +169,10 @@ class Writer:
         self.add(["<|im_end|>", "\n"])
 
 
-def training_example(rng: Random, length: int) -> tuple[list[int], list[int]]:
-    """(token ids, labels), both [length], for the dense model."""
+def training_example(rng: Random, length: int, drill_share: float) -> tuple[list[int], list[int]]:
+    """(token ids, labels), both [length], for the dense model; a drill with probability `drill_share`."""
     w = Writer(rng)
-    if rng.random() < DRILL_SHARE:
+    if rng.random() < drill_share:
         _drill(w, length)
     else:
         _conversation(w, length, rng.uniform(0.15, 0.9))
@@ -189,7 +187,10 @@ def training_text(rng: Random, length: int) -> str:
 
 
 def _drill(w: Writer, length: int) -> None:
-    """Facts without filler, then the same facts again in random order, over and over."""
+    """Facts without filler, then the same facts again in random order, over and over.
+
+    Many recalls a token: without them matching by name is learned late.
+    """
     w.open_user()
     names = w.rng.sample(lex.NAMES, w.rng.randint(3, max(3, min(24, length // 20))))
     while len(w.pieces) < length:

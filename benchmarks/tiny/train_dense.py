@@ -30,7 +30,7 @@ class Batches(Dataset):
 
     def __init__(self, seed: int, stages: tuple[Stage, ...], first_step: int):
         self.seed, self.first_step = seed, first_step
-        self.plan = [(s.length, s.batch) for s in stages for _ in range(s.steps)]
+        self.plan = [s for s in stages for _ in range(s.steps)]
 
     def __len__(self) -> int:
         return len(self.plan) - self.first_step
@@ -38,8 +38,9 @@ class Batches(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, labels: int32, uint8 [batch, length]."""
         step = self.first_step + i
-        length, batch = self.plan[step]
-        rows = [needles.training_example(Random(f"train:{self.seed}:{step}:{b}"), length) for b in range(batch)]
+        stage = self.plan[step]
+        rows = [needles.training_example(Random(f"train:{self.seed}:{step}:{b}"), stage.length, stage.drills)
+                for b in range(stage.batch)]
         ids, labels = zip(*rows, strict=True)
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.uint8)
 
@@ -132,7 +133,7 @@ class DenseTrainer:
         """To the last step, or through the whole schedule in `max_minutes` if that comes first."""
         total = sum(s.steps for s in self.preset.stages)
         loader = DataLoader(Batches(self.seed, self.preset.stages, self.step), batch_size=None, num_workers=workers,
-                            prefetch_factor=8 if workers else None)
+                            prefetch_factor=2 if workers else None)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         with (self.out / "training" / "log.jsonl").open("a" if self.step else "w") as log:
             for ids, labels in tqdm(loader, desc="dense", mininterval=10, initial=self.step, total=total):
@@ -164,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 1) - 2, 0), help="that write the text")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="finish within this time")
     parser.add_argument("--log-every", type=int, default=25, help="steps between log records")
+    parser.add_argument("--require", type=float, default=0.0, help="held-out accuracy without which to exit with 1")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/training, if there is a state")
     return parser
 
@@ -186,6 +188,8 @@ def main(argv: list[str] | None = None) -> None:
                "held_out_length": preset.held_out_length, "held_out_accuracy": accuracy}
     (args.out / "training" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
+    if accuracy < args.require:
+        raise SystemExit(f"held-out accuracy is {accuracy:.3f}, required is {args.require}")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,9 @@ def retrofit(args: argparse.Namespace) -> dict:
     """The whole command; -> the final evaluation."""
     from transformers import AutoTokenizer
 
+    # The same seed gives the same weights. Kernels that cannot promise it warn.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wide = recipe.train == "all" or device == "cpu"

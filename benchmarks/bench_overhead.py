@@ -1,7 +1,8 @@
 """Host time that DMS adds to a decode step in the scheduler's process, against stock vLLM.
 
 vLLM's own scheduler runs N requests in steady decode, once over `FullAttentionManager`, once over
-`DMSManager` with its connector; the worker is a few array operations outside of the clock.
+`DMSManager` with its connector; the worker is a few array operations outside of the clock. CPU
+time of the thread, so that what else the machine does is left out.
 
     python benchmarks/bench_overhead.py --running 16 128 512 --steps 300 > overhead.json
 """
@@ -9,7 +10,10 @@ vLLM's own scheduler runs N requests in steady decode, once over `FullAttentionM
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -140,9 +144,9 @@ class Run:
             self.scheduler.add_request(Request(f"request-{i}", [1] * PROMPT, params, None))
 
     def step(self, first: bool) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()
         output = self.scheduler.schedule()
-        scheduled = time.perf_counter()
+        scheduled = time.thread_time()
         assert len(output.num_scheduled_tokens) == self.num_running
         reply = None
         if self.worker:
@@ -155,9 +159,9 @@ class Run:
             sampled_token_ids=[[1] for _ in ids],
             kv_connector_output=reply,
         )
-        ran = time.perf_counter()
+        ran = time.thread_time()
         self.scheduler.update_from_output(output, result)
-        updated = time.perf_counter()
+        updated = time.thread_time()
         self.times_us["schedule"].append((scheduled - start) * 1e6)
         self.times_us["update"].append((updated - ran) * 1e6)
 
@@ -210,8 +214,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as model_dir:
         Path(model_dir, "config.json").write_text(json.dumps(QWEN3_8B))
         rows = [measure(model_dir, n, args.steps, args.compression) for n in args.running]
-    setup = {"vllm": vllm.__version__, "steps": args.steps, "compression": args.compression}
-    print(json.dumps({**setup, "rows": rows}, indent=1))
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    certificate = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+        "vllm": vllm.__version__,
+        "cpus": os.cpu_count(),
+        "steps": args.steps,
+        "compression": args.compression,
+    }
+    print(json.dumps({**certificate, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ check() { # MODULE ARGUMENTS...
     fi
 }
 
-check ruff check .
-check ruff format --check .
+check ruff check --output-format concise .
+check ruff format --check --output-format concise .
 check mypy
 say "pytest"
 "$python" -m pytest -q "$@" || failed+=(pytest)

@@ -1,0 +1,253 @@
+"""Each kernel by itself on one GPU: a correctness gate, then time and share of copy bandwidth.
+
+    python benchmarks/bench_kernels.py [--storage bf16 fp8] [--batches 1 8 32] [--json out.json]
+    python benchmarks/bench_kernels.py --tune decode prefill [--seconds 150]
+
+Shape: Qwen3-8B's attention (8 KV heads, 4 query heads each, head_dim 128), window 512, pages of 64,
+context 8192. Live lengths are uneven over heads, as in a trained checkpoint: keep rates are
+log-normal, their mean such that a row holds 1,480 slots on average.
+
+Times are medians over CUDA graph replays; each graph walks through layers whose slots together are
+several times the L2 cache.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from kernel_arena import GROUP, HEADS, WINDOW, Arena
+from triton.runtime.errors import TritonError
+
+from vllm_dms.backend.triton_ops import Tuning, default_tuning
+
+REPLAYS = 30
+BATCHES = (1, 8, 32, 64, 128, 256, 480)
+PREFILLS = ((2048, 0), (8192, 0), (2048, 8192), (2048, 32768))  # query tokens, tokens stored before
+STORAGE = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+# What --tune tries, in random order until the time is over.
+TUNING_GRIDS = {
+    "decode": {
+        "decode_block": (64, 32, 128),
+        "decode_warps": (2, 4, 8),
+        "decode_stages": (2, 3, 4),
+        "per_sm": (4, 2, 3, 6, 8),
+    },
+    "prefill": {
+        "prefill_rows": (64, 128, 256),
+        "prefill_block": (64, 128),
+        "prefill_warps": (4, 8, 16),
+        "prefill_stages": (2, 3, 4),
+    },
+}
+
+
+def time_graph(step: Callable[[], None], replays: int = REPLAYS) -> float:
+    """Median microseconds of one replay of ``step``, captured after a warm-up."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    spans = (a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return statistics.median(spans) * 1000
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device-to-device copy, read and write counted."""
+    a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    b = torch.empty_like(a)
+    return 2 * a.numel() / (time_graph(lambda: b.copy_(a)) * 1e-6)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.float() - exact).norm() / exact.norm()).item()
+
+
+def gate(name: str, value: float, limit: float = 1e-2) -> None:
+    """Refuse to time a kernel that is wrong. NaN is never below the limit."""
+    if not value < limit:
+        raise SystemExit(f"{name}: relative error {value:.2e} is not below {limit:.0e}; not timed")
+
+
+def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict:
+    """Microseconds per layer of store and decode for ``batch`` requests with one token each."""
+    arena = Arena(STORAGE[storage], batch, chunk=1, stored=8191, tuning=tuning)
+    arena.store(0)
+    arena.decode(0)
+    gate(f"decode {storage} B={batch}", error(*arena.decoded_rows(0)))
+    # The schedule, made with layer 0 for all layers, is timed apart.
+    layers = range(1, arena.num_layers)
+    arena.restore()
+    store = time_graph(lambda: [arena.store(i) for i in layers]) / len(layers)
+    arena.restore()
+    arena.decode(0)
+    decode = time_graph(lambda: [arena.decode(i) for i in layers]) / len(layers)
+    both = time_graph(lambda: [(arena.store(i), arena.decode(i)) for i in layers]) / len(layers)
+    first = time_graph(lambda: arena.decode(0))
+    live = arena.saved_live[1 : batch + 1, 1:].float()
+    num_bytes = live.sum().item() / len(layers) * arena.layout.slot_bytes
+    return {
+        "kernel": "decode",
+        "storage": storage,
+        "batch": batch,
+        "mean_live": round(live.mean().item(), 1),
+        "max_live": int(live.max().item()),
+        "megabytes": round(num_bytes / 1e6, 2),
+        "decode_us": round(decode, 2),
+        "store_us": round(store, 2),
+        "both_us": round(both, 2),
+        "schedule_us": round(max(first - decode, 0.0), 2),
+        "bytes_per_s": num_bytes / (decode * 1e-6),
+    }
+
+
+def bench_prefill(storage: str, chunk: int, stored: int, tuning: Tuning | None = None) -> dict:
+    """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens."""
+    arena = Arena(STORAGE[storage], 1, chunk, stored, tuning=tuning)
+    arena.store(0)
+    arena.prefill(0)
+    gate(f"prefill {storage} {chunk} after {stored}", error(*arena.prefilled_rows(0)), 2e-2)
+    scores = arena.visible_pairs() * GROUP  # query heads times keys that they see
+    prefill = time_graph(lambda: arena.prefill(0), replays=10)
+
+    def store() -> None:  # from the same state each time
+        arena.restore()
+        arena.store(0)
+
+    restore = time_graph(arena.restore, replays=10)
+    return {
+        "kernel": "prefill",
+        "storage": storage,
+        "chunk": chunk,
+        "stored": stored,
+        "prefill_us": round(prefill, 2),
+        "store_us": round(time_graph(store, replays=10) - restore, 2),
+        "store_window_us": round(time_graph(lambda: arena.store_window(0), replays=10), 2),
+        "keys_per_query": round(scores / (chunk * HEADS * GROUP), 1),
+        "tflop_per_s": round(4 * scores * arena.layout.head_dim / prefill / 1e6, 1),
+    }
+
+
+def variants(kind: str, base: Tuning) -> Iterator[tuple[dict[str, int], Tuning]]:
+    """(what was varied, launch parameters)"""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    grid = TUNING_GRIDS[kind]
+    choices = list(itertools.product(*grid.values()))
+    random.Random(0).shuffle(choices)
+    for values in choices:
+        varied = dict(zip(grid, values, strict=True))
+        settings = {k: v for k, v in varied.items() if k != "per_sm"}
+        yield varied, replace(base, programs=varied.get("per_sm", 0) * sms, **settings)
+
+
+def time_variant(arena: Arena, kind: str, tuning: Tuning) -> float:
+    """Microseconds per layer; infinity where the GPU has too little of something."""
+    arena.restore()
+    arena.use(tuning)
+    attend = getattr(arena, kind)
+    layers = range(1, arena.num_layers) if kind == "decode" else range(1)
+    try:
+        arena.store(0)
+        attend(0)
+        return time_graph(lambda: [attend(i) for i in layers], 5) / len(layers)
+    except (TritonError, RuntimeError) as problem:
+        print(f"  {str(problem).splitlines()[0][:80]}: {tuning}")
+        return float("inf")
+
+
+def tune(kinds: list[str], storages: list[str], seconds: float) -> list[dict]:
+    """Try launch parameters, the same time for each kernel and storage; print the fastest."""
+    shapes = {"decode": [(8, 1, 8191), (64, 1, 8191)], "prefill": [(1, 4096, 8192)]}
+    jobs = [(k, s, shape) for k in kinds for s in storages for shape in shapes[k]]
+    rows = []
+    for kind, storage, shape in jobs:
+        # The same number of layers for all batches: it is compiled in.
+        arena = Arena(STORAGE[storage], *shape, num_layers=8 if kind == "decode" else 1)
+        end = time.monotonic() + seconds / len(jobs)
+        found = []
+        for varied, tuning in variants(kind, default_tuning(arena.layout, torch.device("cuda"))):
+            if time.monotonic() > end:
+                break
+            found.append((time_variant(arena, kind, tuning), varied))
+        found.sort(key=lambda pair: pair[0])
+        print(f"{kind} {storage}, {shape[0]} requests: {len(found)} variants tried", flush=True)
+        for micros, varied in found[:6]:
+            print(f"  {micros:9.2f} us  {varied}", flush=True)
+        about = {"kernel": kind, "storage": storage, "batch": shape[0]}
+        rows += [{**about, "us": micros, **varied} for micros, varied in found]
+    return rows
+
+
+def print_row(row: dict, copy: float) -> None:
+    if row["kernel"] == "decode":
+        row["share_of_copy"] = round(row["bytes_per_s"] / copy, 3)
+        print(
+            f"decode {row['storage']:5} B={row['batch']:<4} live {row['mean_live']:7.1f} "
+            f"(max {row['max_live']}) {row['megabytes']:8.1f} MB  decode {row['decode_us']:8.2f} "
+            f"us {row['bytes_per_s'] / 1e12:5.2f} TB/s {row['share_of_copy']:6.1%} of copy  "
+            f"store {row['store_us']:6.2f}  both {row['both_us']:8.2f}  "
+            f"schedule {row['schedule_us']:5.2f}",
+            flush=True,
+        )
+    else:
+        print(
+            f"prefill {row['storage']:5} {row['chunk']:5} after {row['stored']:<6} "
+            f"{row['keys_per_query']:7.1f} keys  prefill {row['prefill_us']:9.2f} us "
+            f"{row['tflop_per_s']:6.1f} TFLOP/s  store {row['store_us']:7.2f}  "
+            f"store_window {row['store_window_us']:6.2f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--storage", nargs="+", choices=STORAGE, default=list(STORAGE))
+    parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--tune", nargs="+", choices=TUNING_GRIDS)
+    parser.add_argument("--seconds", type=float, default=150, help="time for --tune")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, window {WINDOW}")
+    if args.tune:
+        rows = tune(args.tune, args.storage, args.seconds)
+    else:
+        rows = []
+        for storage in args.storage:
+            for batch in args.batches:
+                rows.append(bench_decode(storage, batch))
+                print_row(rows[-1], copy)
+            for chunk, stored in () if args.no_prefill else PREFILLS:
+                rows.append(bench_prefill(storage, chunk, stored))
+                print_row(rows[-1], copy)
+    if args.json:
+        from serving_results import git_commit, gpu_name, version_of
+
+        about = {
+            "gpu": gpu_name(),
+            "commit": git_commit(Path(__file__).parent),
+            "versions": {name: version_of(name) for name in ("torch", "triton")},
+            "copy_bytes_per_s": copy,
+        }
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens."""
+
+import torch
+
+from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
+from vllm_dms.backend.torch_ops import TorchOps
+from vllm_dms.backend.triton_ops import TritonOps, Tuning
+from vllm_dms.config import DMSConfig
+
+HEADS, GROUP, HEAD_DIM, WINDOW, PAGE, BLOCK = 8, 4, 128, 512, 64, 16
+MEAN_LIVE, CONTEXT = 1480, 8192
+KEEP = (MEAN_LIVE - WINDOW - 1) / (CONTEXT - WINDOW - 1)  # of the tokens that leave the window
+TAIL = 1.2  # standard deviation of log keep over heads: live lengths differ by about 10x
+HEADROOM = 4  # pages per row for what timed stores append
+SCALE = HEAD_DIM**-0.5
+CACHE_BYTES = 300 << 20  # several times the L2 cache
+MAX_LAYERS, MAX_SEQS = 36, 512
+
+
+def keep_rates(shape: tuple[int, ...]) -> torch.Tensor:
+    """Log-normal rates [L, H], none above 1, of mean KEEP in every layer."""
+    rates = torch.exp(TAIL * torch.randn(shape))
+    for _ in range(30):  # cutting at 1 lowers the mean
+        rates = (rates * (KEEP / rates.mean(-1, keepdim=True))).clamp(max=1.0)
+    return rates
+
+
+class Arena:
+    """``batch`` requests with ``stored`` tokens each, about to get ``chunk`` more."""
+
+    def __init__(
+        self,
+        storage: torch.dtype,
+        batch: int,
+        chunk: int,
+        stored: int,
+        tuning: Tuning | None = None,
+        num_layers: int | None = None,
+        device: str = "cuda",
+    ) -> None:
+        slot_bytes = 2 * HEAD_DIM * storage.itemsize
+        per_layer = batch * HEADS * MEAN_LIVE * slot_bytes
+        many = 1 if chunk > 1 else min(MAX_LAYERS, 2 + CACHE_BYTES // per_layer)
+        self.num_layers = num_layers or many
+        headroom = HEADROOM * PAGE + (0 if chunk == 1 else chunk)
+        self.layout = ArenaLayout(
+            num_layers=self.num_layers,
+            num_kv_heads=HEADS,
+            head_dim=HEAD_DIM,
+            window=WINDOW,
+            page_size=PAGE,
+            block_size=BLOCK,
+            storage_dtype=storage,
+            max_model_len=stored + headroom,
+        )
+        self.stored, self.chunk, self.device = stored, chunk, device
+        # Unshifted, so that timing one step again and again finds the same verdicts.
+        self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
+        self._fill(batch, headroom)
+        self._make_inputs(batch)
+        self.use(tuning)
+
+    def use(self, tuning: Tuning | None) -> None:
+        tokens, heads = self.batch.num_tokens, HEADS * GROUP
+        self.ops = TritonOps(self.layout, tokens, MAX_SEQS, heads, self.device, tuning)
+
+    def _fill(self, batch: int, headroom: int) -> None:
+        """Random K and V; a request's pages in random order, as its rows grew side by side."""
+        layout, device = self.layout, self.device
+        rates = keep_rates((self.num_layers, HEADS)) * (0.8 + 0.4 * torch.rand(batch, 1, 1))
+        left = max(0, self.stored - layout.ring_size)
+        live = (rates.clamp(max=1.0) * left).long() + min(self.stored, layout.ring_size)
+        pages = -(-live // PAGE)  # [batch, L, H]
+        most = pages.flatten(1).sum(1) + layout.num_rows * -(-headroom // PAGE)
+        num_blocks = -(-most // layout.pages_per_block)
+        total = 1 + int(num_blocks.sum())
+        raw = torch.empty(total * layout.block_bytes, dtype=torch.uint8, device=device)
+        self.state = state = allocate_state(raw, layout, total, batch)
+        for part in (state.k_pages, state.v_pages):
+            for piece in part.split(1 << 14):
+                piece.copy_(torch.randn_like(piece, dtype=torch.bfloat16))
+        for scales in (state.k_scales, state.v_scales):
+            if scales is not None:
+                scales.copy_(0.5 + torch.rand_like(scales))
+
+        free = torch.randperm(total - 1) + 1
+        self.first_blocks = []
+        for b in range(batch):
+            blocks, free = free[: num_blocks[b]], free[num_blocks[b] :]
+            self.first_blocks.append(int(blocks[0]))
+            state.block_rows[b + 1, : len(blocks)] = blocks.int()
+            state.state_of_block[blocks[0]] = b + 1
+            used = int(pages[b].sum())
+            index = torch.randperm(used)
+            ids = blocks[index // layout.pages_per_block] * layout.pages_per_block
+            ids = (ids + index % layout.pages_per_block).int()
+            table = torch.zeros(layout.num_rows, layout.max_pages_per_row, dtype=torch.int32)
+            table[torch.arange(table.shape[1]) < pages[b].flatten().unsqueeze(1)] = ids
+            state.page_table[b + 1] = table.view(self.num_layers, HEADS, -1)
+            state.pages_used[b + 1] = used
+        state.live[1:] = live.int()
+        bits = torch.rand_like(state.evict_ring, dtype=torch.float32) >= KEEP
+        state.evict_ring.copy_(bits)
+        self.saved_live, self.saved_used = state.live.clone(), state.pages_used.clone()
+
+    def _make_inputs(self, batch: int) -> None:
+        tokens, device = batch * self.chunk, self.device
+        kind = {"dtype": torch.bfloat16, "device": device}
+        self.query = torch.randn(tokens, HEADS * GROUP, HEAD_DIM, **kind)
+        self.key = torch.randn(tokens, HEADS, HEAD_DIM, **kind)
+        self.value = torch.randn(tokens, HEADS, HEAD_DIM, **kind)
+        keep = torch.rand(tokens, HEADS, device=device) < KEEP
+        self.alpha = torch.where(keep, -1.0, 1.0).to(torch.bfloat16)
+        self.output = torch.full_like(self.query, float("nan"))
+        int32 = {"dtype": torch.int32, "device": device}
+        self.batch = Batch(
+            num_reqs=batch,
+            num_tokens=tokens,
+            max_query_len=self.chunk,
+            block_table=torch.tensor(self.first_blocks, **int32).unsqueeze(1),
+            query_start=torch.arange(batch + 1, **int32) * self.chunk,
+            seq_lens=torch.full((batch,), self.stored + self.chunk, **int32),
+            scratch=allocate_scratch(self.layout, tokens, device),
+        )
+
+    def restore(self) -> None:
+        """Take back what stores appended."""
+        self.state.live.copy_(self.saved_live)
+        self.state.pages_used.copy_(self.saved_used)
+
+    def store(self, layer: int) -> None:
+        self.ops.store(self.state, self.batch, self.config, layer, self.key, self.value, self.alpha)
+
+    def decode(self, layer: int) -> None:
+        self.ops.decode(self.state, self.batch, layer, self.query, self.output, SCALE)
+
+    def prefill(self, layer: int) -> None:
+        self.ops.prefill(
+            self.state, self.batch, layer, self.query, self.key, self.value, self.output, SCALE
+        )
+
+    def store_window(self, layer: int) -> None:
+        self.ops.store_window(self.state, self.batch, layer, self.key, self.value)
+
+    def decoded_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kernel's, plain operations') output for up to 8 requests, after `decode`."""
+        return self._against_plain(min(8, self.batch.num_reqs), "decode", layer, self.query)
+
+    def prefilled_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._against_plain(
+            1, "prefill", layer, self.query, self.key.float(), self.value.float()
+        )
+
+    def _against_plain(
+        self, num_reqs: int, name: str, layer: int, query: torch.Tensor, *kv: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = slice(num_reqs * self.chunk)
+        some = Batch(
+            num_reqs=num_reqs,
+            num_tokens=rows.stop,
+            max_query_len=self.chunk,
+            block_table=self.batch.block_table,
+            query_start=self.batch.query_start,
+            seq_lens=self.batch.seq_lens,
+            scratch=self.batch.scratch,
+        )
+        exact = torch.full(self.output.shape, float("nan"), device=self.device)
+        attend = getattr(TorchOps(), name)
+        attend(self.state, some, layer, query.float(), *kv, exact, SCALE)
+        return self.output[rows], exact[rows]
+
+    def visible_pairs(self) -> int:
+        """Keys that all query tokens of all KV heads see, after `store` of a chunk."""
+        window = torch.arange(self.stored, self.stored + self.chunk, device=self.device) + 1
+        window = window.clamp(max=self.layout.ring_size).repeat(self.batch.num_reqs)
+        survivors = self.batch.scratch.num_survivors[: self.batch.num_tokens]
+        return int(survivors.sum()) + int(window.sum()) * HEADS

@@ -1,4 +1,5 @@
-"""Laws of the tiny model's corpus: a piece is a token, lengths are exact, answers stand in the text."""
+"""Laws of the tiny model's corpus: a piece is a token, lengths are exact, answers stand in the
+text."""
 
 from random import Random
 
@@ -6,13 +7,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.tiny import needles
+from benchmarks.tiny.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """As a server loads it."""
     path = tmp_path_factory.mktemp("tokenizer")
-    needles.build_tokenizer().save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
 
 
@@ -35,8 +37,9 @@ def test_prompts(tokenizer, kind, asked):
     prompts = needles.make_prompts(7, 1024, 4, needles=8, asked=asked, kind=kind)
     assert prompts == needles.make_prompts(7, 1024, 4, needles=8, asked=asked, kind=kind)
     for prompt in prompts:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": prompt.user}], tokenize=False,
-                                                 add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.user}], tokenize=False, add_generation_prompt=True
+        )
         assert rendered == prompt.text
         assert 1024 - 80 < len(tokenizer(prompt.text).input_ids) <= 1024
         assert len(prompt.names) == len(prompt.answers) == asked
@@ -49,8 +52,8 @@ def test_held_out_documents(tokenizer, length):
     for ids, spots in needles.held_out_documents(3, length, 2):
         assert length - 100 < len(ids) <= length and len(spots) == max(2, min(16, length // 64))
         for first, depth in spots:
-            answer = tokenizer.decode(ids[first:first + needles.CODE_TOKENS])
-            fact = tokenizer.decode(ids[first - 5:first + needles.CODE_TOKENS]).strip()
+            answer = tokenizer.decode(ids[first : first + needles.CODE_TOKENS])
+            fact = tokenizer.decode(ids[first - 5 : first + needles.CODE_TOKENS]).strip()
             assert fact.startswith("The code of ") and fact.endswith(answer)
             # Stated once in the document, once more in the answer.
             assert tokenizer.decode(ids).count(fact) == 2 and 0 <= depth <= 1

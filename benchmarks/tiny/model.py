@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from . import needles
+from .tokenizer import vocabulary
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,54 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(256, 5, 4, 2, 64, 768,
-                   (Stage(128, 1024, 500, 0.9), Stage(512, 256, 400, 0.2), Stage(1024, 128, 300, 0.1),
-                    Stage(4096, 32, 900, 0.1)),
-                   lr=0.01, muon_lr=0.02, held_out_length=4096, held_out_documents=64, window=64),
+    "tiny": Preset(
+        256,
+        5,
+        4,
+        2,
+        64,
+        768,
+        (
+            Stage(128, 1024, 500, 0.9),
+            Stage(512, 256, 400, 0.2),
+            Stage(1024, 128, 300, 0.1),
+            Stage(4096, 32, 900, 0.1),
+        ),
+        lr=0.01,
+        muon_lr=0.02,
+        held_out_length=4096,
+        held_out_documents=64,
+        window=64,
+    ),
     # Two cores, a few minutes: the same scripts at a length where a CPU learns the task.
-    "smoke": Preset(128, 3, 4, 2, 32, 256, (Stage(96, 16, 500, 0.9), Stage(256, 8, 900, 0.2)),
-                    lr=0.02, muon_lr=0.02, held_out_length=256, held_out_documents=16, window=16),
-    "test": Preset(64, 2, 4, 2, 16, 96, (Stage(64, 4, 3, 0.9), Stage(128, 2, 3, 0.2)),
-                   lr=0.02, muon_lr=0.02, held_out_length=128, held_out_documents=2, window=16),
+    "smoke": Preset(
+        128,
+        3,
+        4,
+        2,
+        32,
+        256,
+        (Stage(96, 16, 500, 0.9), Stage(256, 8, 900, 0.2)),
+        lr=0.02,
+        muon_lr=0.02,
+        held_out_length=256,
+        held_out_documents=16,
+        window=16,
+    ),
+    "test": Preset(
+        64,
+        2,
+        4,
+        2,
+        16,
+        96,
+        (Stage(64, 4, 3, 0.9), Stage(128, 2, 3, 0.2)),
+        lr=0.02,
+        muon_lr=0.02,
+        held_out_length=128,
+        held_out_documents=2,
+        window=16,
+    ),
 }
 ROPE_THETA = 100000.0
 # Pairs of RoPE channels that the positional heads use: the fastest four tell neighbors apart
@@ -54,13 +93,25 @@ FAST_PAIRS = 4
 
 def build_model(preset: Preset, seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    vocab = needles.vocabulary()
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=math.ceil(len(vocab) / 64) * 64, hidden_size=preset.hidden, intermediate_size=preset.intermediate,
-        num_hidden_layers=preset.layers, num_attention_heads=preset.heads, num_key_value_heads=preset.kv_heads,
-        head_dim=preset.head_dim, max_position_embeddings=preset.max_positions, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}, initializer_range=0.04,
-        bos_token_id=None, eos_token_id=vocab["<|im_end|>"], pad_token_id=vocab["<|endoftext|>"]))
+    vocab = vocabulary()
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=math.ceil(len(vocab) / 64) * 64,
+            hidden_size=preset.hidden,
+            intermediate_size=preset.intermediate,
+            num_hidden_layers=preset.layers,
+            num_attention_heads=preset.heads,
+            num_key_value_heads=preset.kv_heads,
+            head_dim=preset.head_dim,
+            max_position_embeddings=preset.max_positions,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+            initializer_range=0.04,
+            bos_token_id=None,
+            eos_token_id=vocab["<|im_end|>"],
+            pad_token_id=vocab["<|endoftext|>"],
+        )
+    )
     _structured_start(model, preset)
     return model
 
@@ -69,14 +120,17 @@ def build_model(preset: Preset, seed: int) -> Qwen3ForCausalLM:
 def _structured_start(model: Qwen3ForCausalLM, preset: Preset) -> None:
     """Weights from which recall is learned in hundreds of steps rather than many thousands.
 
-    Without biases, and with normalized queries and keys, heads that look a fixed distance back form very
-    late. So layer 0 starts with them (query head h looks h + 1 back), fed by one constant embedding channel,
-    and the other layers start by matching equal contents. Everything is trained from there.
+    Without biases, and with normalized queries and keys, heads that look a fixed distance back
+    form very late. So layer 0 starts with them (query head h looks h + 1 back), fed by one
+    constant embedding channel, and the other layers start by matching equal contents. Everything
+    is trained from there.
     """
     hidden, dim = preset.hidden, preset.head_dim
     model.model.embed_tokens.weight.normal_()
     model.model.embed_tokens.weight[:, 0] = 2.0
-    model.model.norm.weight.fill_(hidden ** -0.5)  # the tied head multiplies by embeddings of norm sqrt(hidden)
+    model.model.norm.weight.fill_(
+        hidden**-0.5
+    )  # the tied head multiplies by embeddings of norm sqrt(hidden)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.down_proj.weight.zero_()
         attn, group = layer.self_attn, preset.heads // preset.kv_heads
@@ -89,23 +143,28 @@ def _structured_start(model: Qwen3ForCausalLM, preset: Preset) -> None:
             continue
         keys = nn.init.orthogonal_(torch.empty(preset.kv_heads * dim, hidden))
         attn.k_proj.weight.copy_(keys)
-        attn.q_proj.weight.copy_(keys.view(preset.kv_heads, dim, hidden).repeat_interleave(group, 0).flatten(0, 1))
+        attn.q_proj.weight.copy_(
+            keys.view(preset.kv_heads, dim, hidden).repeat_interleave(group, 0).flatten(0, 1)
+        )
         # Normalized queries and keys bound a score by gain^2 * sqrt(head_dim).
         attn.q_norm.weight.fill_(1.3)
         attn.k_norm.weight.fill_(1.3)
 
 
 def _look_back(attn: nn.Module, preset: Preset) -> None:
-    """Query head h scores highest at distance h + 1: RoPE turns its constant query onto the constant key there."""
+    """Query head h scores highest at distance h + 1: RoPE turns its constant query onto the
+    constant key there."""
     dim, half = preset.head_dim, preset.head_dim // 2
     turn = ROPE_THETA ** (-torch.arange(0, dim, 2) / dim)[:FAST_PAIRS]
     for proj in (attn.q_proj, attn.k_proj):
         proj.weight.mul_(0.1)
     for head in range(preset.kv_heads):
-        attn.k_proj.weight[head * dim:head * dim + FAST_PAIRS, 0] += 0.5
+        attn.k_proj.weight[head * dim : head * dim + FAST_PAIRS, 0] += 0.5
     for head in range(preset.heads):
         start, distance = head * dim, head + 1
-        attn.q_proj.weight[start:start + FAST_PAIRS, 0] += 0.5 * torch.cos(-distance * turn)
-        attn.q_proj.weight[start + half:start + half + FAST_PAIRS, 0] += 0.5 * torch.sin(-distance * turn)
+        attn.q_proj.weight[start : start + FAST_PAIRS, 0] += 0.5 * torch.cos(-distance * turn)
+        attn.q_proj.weight[start + half : start + half + FAST_PAIRS, 0] += 0.5 * torch.sin(
+            -distance * turn
+        )
     attn.q_norm.weight.fill_(2.0)
     attn.k_norm.weight.fill_(2.0)

@@ -1,7 +1,9 @@
-"""The needle task: long readable filler with facts "The code of Maria is 7319.", and questions about them.
+"""The needle task: long readable filler with facts "The code of Maria is 7319.", and questions
+about them.
 
-A text is a list of *pieces*; every piece is one token of the tokenizer built here, so lengths in tokens
-are exact without running it. Training examples and held-out prompts come from disjoint seed spaces.
+A text is a list of *pieces*; every piece is one token of the tokenizer built here, so lengths in
+tokens are exact without running it. Training examples and held-out prompts come from disjoint seed
+spaces.
 """
 
 import re
@@ -11,57 +13,10 @@ from functools import cache
 from random import Random
 
 from . import lexicon as lex
+from .tokenizer import encode
 
 FILLER, NEW_VALUE, RECALL = 0, 1, 2  # label of a piece: what predicting it takes
 CODE_TOKENS = 2  # a code is four digits, two a token
-_SPLIT = re.compile(r"<\|\w+\|>| ?\d{1,2}| ?[^\W\d_]+|[^\w\s]|\s")
-
-
-def to_pieces(text: str) -> list[str]:
-    """Text of this corpus -> pieces; a word owns the space before it, digits stand alone."""
-    return _SPLIT.findall(text)
-
-
-@cache
-def vocabulary() -> dict[str, int]:
-    """piece -> token id: specials, the 256 byte symbols, then words with a leading space and bare."""
-    from tokenizers import pre_tokenizers
-
-    words = {w for topic in lex.TOPICS.values() for group in topic for w in group}
-    for group in (lex.ADJECTIVES, lex.MOVES, lex.ADVERBS, lex.PREPOSITIONS, lex.TIMES, lex.WEATHER, lex.NUMBERS,
-                  lex.REASONS, lex.NAMES, lex.CITIES, lex.FRAME):
-        words.update(group)
-    words.update(w for p in lex.PATTERNS for w in re.findall(r"(?<!<)\b[A-Za-z]+\b(?!>)", p))
-    byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bare = sorted(w for w in words if len(w) > 1 and (w[0].isupper() or w in ("user", "assistant", "system")))
-    spaced = ["Ġ" + w for w in sorted(words)]
-    pairs = [f"{n:02d}" for n in range(100)]
-    numbers = pairs + ["Ġ" + p for p in pairs]
-    return {token: i for i, token in enumerate([*lex.SPECIALS, *byte_symbols, *numbers, *bare, *spaced])}
-
-
-def build_tokenizer():
-    """A `PreTrainedTokenizerFast` that maps each piece to one token and any other text to bytes."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    # ignore_merges: a pre-token found whole in the vocabulary is one token; with no merges all else is bytes.
-    core = Tokenizer(models.BPE(vocab=vocabulary(), merges=[], ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"], model_max_length=8192, clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    return tokenizer
-
-
-def encode(pieces: list[str]) -> list[int]:
-    vocab = vocabulary()
-    return [vocab[p.replace(" ", "Ġ").replace("\n", "Ċ")] for p in pieces]
 
 
 @cache
@@ -78,9 +33,18 @@ def _code_pieces(code: str) -> list[str]:
     return [" " + code[:2], code[2:]]
 
 
-_SLOTS = {"adj": lex.ADJECTIVES, "move": lex.MOVES, "adverb": lex.ADVERBS, "prep": lex.PREPOSITIONS,
-          "time": lex.TIMES, "weather": lex.WEATHER, "number": lex.NUMBERS, "reason": lex.REASONS,
-          "name": lex.NAMES, "city": lex.CITIES}
+_SLOTS = {
+    "adj": lex.ADJECTIVES,
+    "move": lex.MOVES,
+    "adverb": lex.ADVERBS,
+    "prep": lex.PREPOSITIONS,
+    "time": lex.TIMES,
+    "weather": lex.WEATHER,
+    "number": lex.NUMBERS,
+    "reason": lex.REASONS,
+    "name": lex.NAMES,
+    "city": lex.CITIES,
+}
 
 
 def filler_sentence(rng: Random, topic: str) -> list[str]:
@@ -95,18 +59,21 @@ def filler_sentence(rng: Random, topic: str) -> list[str]:
         if slot == "code":
             out += _code_pieces(_code(rng))
             continue
-        words = _SLOTS.get(slot) or {"person": people, "thing": things, "place": places, "verb": verbs}[slot]
+        words = (
+            _SLOTS.get(slot)
+            or {"person": people, "thing": things, "place": places, "verb": verbs}[slot]
+        )
         out.append(" " + rng.choice(words))
     return out
 
 
 def fact(name: str, code: str) -> list[str]:
-    """ The code of Maria is 7319."""
+    """The code of Maria is 7319."""
     return [" The", " code", " of", " " + name, " is", *_code_pieces(code), "."]
 
 
 def _list_names(names: list[str]) -> list[str]:
-    """ Maria, Omar and Lin"""
+    """Maria, Omar and Lin"""
     out = []
     for i, name in enumerate(names):
         if i:
@@ -117,7 +84,17 @@ def _list_names(names: list[str]) -> list[str]:
 
 def question(kind: str, names: list[str]) -> list[str]:
     if kind == "report":
-        return ["Write", " a", " report", " with", " the", " codes", " of", *_list_names(names), "."]
+        return [
+            "Write",
+            " a",
+            " report",
+            " with",
+            " the",
+            " codes",
+            " of",
+            *_list_names(names),
+            ".",
+        ]
     if len(names) == 1:
         return ["What", " is", " the", " code", " of", " " + names[0], "?"]
     return ["What", " are", " the", " codes", " of", *_list_names(names), "?"]
@@ -145,14 +122,15 @@ class Writer:
         self.add(filler_sentence(self.rng, self.topic))
 
     def state(self, name: str) -> None:
-        """Writes the fact about `name`; its digits are new the first time and a recall after that."""
+        """Writes the fact about `name`; its digits are new the first time and a recall after
+        that."""
         known = name in self.facts
         code = self.facts.setdefault(name, _code(self.rng))
         pieces = fact(name, code)
         first = pieces.index(" " + code[:2])
         self.add(pieces[:first])
-        self.add(pieces[first:first + CODE_TOKENS], RECALL if known else NEW_VALUE)
-        self.add(pieces[first + CODE_TOKENS:])
+        self.add(pieces[first : first + CODE_TOKENS], RECALL if known else NEW_VALUE)
+        self.add(pieces[first + CODE_TOKENS :])
 
     def open_user(self) -> None:
         self.add(["<|im_start|>", "user", "\n"])
@@ -170,7 +148,8 @@ class Writer:
 
 
 def training_example(rng: Random, length: int, drill_share: float) -> tuple[list[int], list[int]]:
-    """(token ids, labels), both [length], for the dense model; a drill with probability `drill_share`."""
+    """(token ids, labels), both [length], for the dense model; a drill with probability
+    `drill_share`."""
     w = Writer(rng)
     if rng.random() < drill_share:
         _drill(w, length)
@@ -199,14 +178,19 @@ def _drill(w: Writer, length: int) -> None:
 
 
 def _conversation(w: Writer, length: int, share: float) -> None:
-    """A passage with facts of `share` of the length, questions, and now and then some more text and facts."""
+    """A passage with facts of `share` of the length, questions, and now and then some more text
+    and facts."""
     rng = w.rng
     unused = rng.sample(lex.NAMES, len(lex.NAMES))
     passage = int(length * share)
     rate = min(0.4, 12 * rng.randint(3, max(4, min(32, passage // 20))) / passage)
     while len(w.pieces) < length:
         w.open_user()
-        stop = passage if len(w.pieces) < 4 else len(w.pieces) + rng.choice((0, 0, 0, 0, 0, 20, 60, 120))
+        stop = (
+            passage
+            if len(w.pieces) < 4
+            else len(w.pieces) + rng.choice((0, 0, 0, 0, 0, 20, 60, 120))
+        )
         while len(w.pieces) < stop or not w.facts:
             if rng.random() < rate or (not w.facts and len(w.pieces) + 20 > stop):
                 w.state(unused.pop() if len(unused) > 64 else rng.choice(list(w.facts)))
@@ -217,7 +201,9 @@ def _conversation(w: Writer, length: int, share: float) -> None:
         if w.pieces[-1] != "\n":
             w.add(["\n"])
         kind = rng.choice(("ask", "ask", "ask", "report"))
-        count = min(len(w.facts), rng.choice((1, 1, 1, 2, 3)) if kind == "ask" else rng.randint(2, 4))
+        count = min(
+            len(w.facts), rng.choice((1, 1, 1, 2, 3)) if kind == "ask" else rng.randint(2, 4)
+        )
         names = rng.sample(list(w.facts), count)
         w.ask(kind, names)
         w.answer(kind, names)
@@ -251,9 +237,11 @@ def _document(rng: Random, length: int, needles: int) -> tuple[Writer, dict[str,
     return w, dict(zip(names, depths, strict=True))
 
 
-def make_prompts(seed: int, length: int, n: int, *, needles: int = 16, asked: int = 1,
-                 kind: str = "ask") -> list[Prompt]:
-    """n held-out prompts of about `length` tokens; `kind` "report" recalls in the middle of generation."""
+def make_prompts(
+    seed: int, length: int, n: int, *, needles: int = 16, asked: int = 1, kind: str = "ask"
+) -> list[Prompt]:
+    """n held-out prompts of about `length` tokens; `kind` "report" recalls in the middle of
+    generation."""
     prompts = []
     for i in range(n):
         rng = Random(f"held-out:{seed}:{length}:{i}")
@@ -262,15 +250,25 @@ def make_prompts(seed: int, length: int, n: int, *, needles: int = 16, asked: in
         names = rng.sample(list(depths), asked)
         w.add(question(kind, names))
         head = ["<|im_start|>", "user", "\n"]
-        user = "".join(w.pieces[len(head):])
+        user = "".join(w.pieces[len(head) :])
         text = "".join(head) + user + "<|im_end|>\n<|im_start|>assistant\n"
-        prompts.append(Prompt(text, user, tuple(names), tuple(w.facts[x] for x in names),
-                              tuple(depths[x] for x in names)))
+        prompts.append(
+            Prompt(
+                text,
+                user,
+                tuple(names),
+                tuple(w.facts[x] for x in names),
+                tuple(depths[x] for x in names),
+            )
+        )
     return prompts
 
 
-def held_out_documents(seed: int, length: int, n: int) -> Iterator[tuple[list[int], list[tuple[int, float]]]]:
-    """Teacher-forced held-out documents: (token ids [<= length], [(index of an answer's first digit, depth)]).
+def held_out_documents(
+    seed: int, length: int, n: int
+) -> Iterator[tuple[list[int], list[tuple[int, float]]]]:
+    """Teacher-forced held-out documents: (token ids [<= length], [(index of an answer's first
+    digit, depth)]).
 
     Each of up to 16 facts is asked once after the document, in random order, one turn per fact.
     """
@@ -287,5 +285,7 @@ def held_out_documents(seed: int, length: int, n: int) -> Iterator[tuple[list[in
             spots.append((len(w.pieces) + 5, depths[name]))
             w.answer("ask", [name])
         if len(w.pieces) > length:
-            raise ValueError(f"document of {len(w.pieces)} tokens, limit {length}: too short for {needles} facts")
+            raise ValueError(
+                f"document of {len(w.pieces)} tokens, limit {length}: too short for {needles} facts"
+            )
         yield encode(w.pieces), spots

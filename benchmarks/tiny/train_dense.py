@@ -1,6 +1,7 @@
 """Trains the dense tiny model: next-token loss, context grown in stages.
 
-python -m benchmarks.tiny.train_dense --out DIR [--preset tiny|smoke|test] [--max-minutes M] [--resume]
+python -m benchmarks.tiny.train_dense --out DIR [--preset tiny|smoke|test]
+    [--max-minutes M] [--resume]
 """
 
 import argparse
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from . import needles
 from .model import PRESETS, Preset, Stage, build_model
+from .tokenizer import build_tokenizer
 
 # Weight in the loss, by label: filler, digits nobody can know, digits to be recalled.
 LABEL_WEIGHTS = (0.5, 0.0, 4.0)
@@ -26,7 +28,8 @@ COOL_DOWN = 0.4  # last share of the run, in which the learning rate falls to ze
 
 
 class Batches(Dataset):
-    """Item i is the batch of step first_step + i, a pure function of (seed, step): any workers, any resume point."""
+    """Item i is the batch of step first_step + i, a pure function of (seed, step): any workers,
+    any resume point."""
 
     def __init__(self, seed: int, stages: tuple[Stage, ...], first_step: int):
         self.seed, self.first_step = seed, first_step
@@ -39,19 +42,26 @@ class Batches(Dataset):
         """ids, labels: int32, uint8 [batch, length]."""
         step = self.first_step + i
         stage = self.plan[step]
-        rows = [needles.training_example(Random(f"train:{self.seed}:{step}:{b}"), stage.length, stage.drills)
-                for b in range(stage.batch)]
+        rows = [
+            needles.training_example(
+                Random(f"train:{self.seed}:{step}:{b}"), stage.length, stage.drills
+            )
+            for b in range(stage.batch)
+        ]
         ids, labels = zip(*rows, strict=True)
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.uint8)
 
 
 def make_optimizers(model: nn.Module, preset: Preset) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms; each remembers its base rate."""
+    """Muon for the matrices of the blocks, AdamW for embedding and norms; each remembers its base
+    rate."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.Muon(matrices, lr=preset.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
-                  torch.optim.AdamW(rest, lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=preset.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -62,7 +72,9 @@ def lr_factor(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, 1 - progress) / COOL_DOWN)
 
 
-def loss_fn(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_fn(
+    model: nn.Module, ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """ids, labels (B, T) -> weighted mean loss; mean loss of recalled digits alone (detached)."""
     logits = model(ids, use_cache=False).logits[:, :-1]
     each = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
@@ -75,7 +87,8 @@ def loss_fn(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> tuple[
 
 @torch.no_grad()
 def recall_accuracy(model: nn.Module, seed: int, length: int, num_documents: int) -> float:
-    """Share of held-out facts whose every token is the argmax: teacher-forced, so the same as greedy decoding."""
+    """Share of held-out facts whose every token is the argmax: teacher-forced, so the same as
+    greedy decoding."""
     device = next(model.parameters()).device
     hits = total = 0
     for row, spots in needles.held_out_documents(seed, length, num_documents):
@@ -83,7 +96,7 @@ def recall_accuracy(model: nn.Module, seed: int, length: int, num_documents: int
         best = model(ids, use_cache=False).logits[0].argmax(-1)
         for first, _ in spots:
             span = slice(first, first + needles.CODE_TOKENS)
-            hits += bool((best[first - 1:span.stop - 1] == ids[0, span]).all())
+            hits += bool((best[first - 1 : span.stop - 1] == ids[0, span]).all())
             total += 1
     return hits / total
 
@@ -105,8 +118,15 @@ class DenseTrainer:
 
     def save_state(self) -> None:
         partial = self.state_file.with_suffix(".partial")
-        torch.save({"step": self.step, "seconds": self.seconds, "model": self.model.state_dict(),
-                    "optimizers": [o.state_dict() for o in self.optimizers]}, partial)
+        torch.save(
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "model": self.model.state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
+            },
+            partial,
+        )
         partial.replace(self.state_file)
 
     def resume(self) -> None:
@@ -116,7 +136,9 @@ class DenseTrainer:
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def train_step(self, ids: torch.Tensor, labels: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def train_step(
+        self, ids: torch.Tensor, labels: torch.Tensor, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ids, labels = ids.to(self.device).long(), labels.to(self.device)
         with self.autocast():
             loss, recall = loss_fn(self.model, ids, labels)
@@ -132,11 +154,17 @@ class DenseTrainer:
     def run(self, workers: int, max_minutes: float, log_every: int) -> None:
         """To the last step, or through the whole schedule in `max_minutes` if that comes first."""
         total = sum(s.steps for s in self.preset.stages)
-        loader = DataLoader(Batches(self.seed, self.preset.stages, self.step), batch_size=None, num_workers=workers,
-                            prefetch_factor=2 if workers else None)
+        loader = DataLoader(
+            Batches(self.seed, self.preset.stages, self.step),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+        )
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         with (self.out / "training" / "log.jsonl").open("a" if self.step else "w") as log:
-            for ids, labels in tqdm(loader, desc="dense", mininterval=10, initial=self.step, total=total):
+            for ids, labels in tqdm(
+                loader, desc="dense", mininterval=10, initial=self.step, total=total
+            ):
                 self.seconds = time.monotonic() - started
                 progress = max(self.step / total, self.seconds / (60 * max_minutes))
                 if progress >= 1:
@@ -144,9 +172,14 @@ class DenseTrainer:
                 loss, recall = self.train_step(ids, labels, lr_factor(progress, self.step))
                 self.step += 1
                 if self.step % log_every == 0 or self.step == total:
-                    record = {"step": self.step, "seconds": round(self.seconds, 2), "length": ids.shape[1],
-                              "lr_factor": round(lr_factor(progress, self.step), 4), "loss": round(loss.item(), 4),
-                              "recall_loss": round(recall.item(), 4)}
+                    record = {
+                        "step": self.step,
+                        "seconds": round(self.seconds, 2),
+                        "length": ids.shape[1],
+                        "lr_factor": round(lr_factor(progress, self.step), 4),
+                        "loss": round(loss.item(), 4),
+                        "recall_loss": round(recall.item(), 4),
+                    }
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     tqdm.write(json.dumps(record))
@@ -157,16 +190,27 @@ class DenseTrainer:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory for the model; training/ holds the log")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory for the model; training/ holds the log"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 1) - 2, 0), help="that write the text")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="finish within this time")
+    parser.add_argument(
+        "--workers", type=int, default=max((os.cpu_count() or 1) - 2, 0), help="that write the text"
+    )
+    parser.add_argument(
+        "--max-minutes", type=float, default=float("inf"), help="finish within this time"
+    )
     parser.add_argument("--log-every", type=int, default=25, help="steps between log records")
-    parser.add_argument("--require", type=float, default=0.0, help="held-out accuracy without which to exit with 1")
-    parser.add_argument("--resume", action="store_true", help="continue from OUT/training, if there is a state")
+    parser.add_argument(
+        "--require", type=float, default=0.0, help="held-out accuracy without which to exit with 1"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from OUT/training, if there is a state"
+    )
     return parser
 
 
@@ -182,10 +226,16 @@ def main(argv: list[str] | None = None) -> None:
     # Accuracy is that of the weights as they are saved.
     model = trainer.model.to(torch.bfloat16)
     model.save_pretrained(args.out)
-    needles.build_tokenizer().save_pretrained(args.out)
+    build_tokenizer().save_pretrained(args.out)
     accuracy = recall_accuracy(model, args.seed, preset.held_out_length, preset.held_out_documents)
-    summary = {"preset": args.preset, "seed": args.seed, "steps": trainer.step, "seconds": round(trainer.seconds, 1),
-               "held_out_length": preset.held_out_length, "held_out_accuracy": accuracy}
+    summary = {
+        "preset": args.preset,
+        "seed": args.seed,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "held_out_length": preset.held_out_length,
+        "held_out_accuracy": accuracy,
+    }
     (args.out / "training" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
     if accuracy < args.require:

@@ -1,5 +1,6 @@
 """What surrounds a number: where it was measured, with what, and how runs become one summary."""
 
+import argparse
 import json
 import re
 import shlex
@@ -172,3 +173,19 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def main() -> None:
+    """Copy runs that were measured elsewhere beside the summary, and merge them into it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="RUN_ID.json")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    for path in args.runs:
+        report = json.loads(path.read_text())
+        write_json(args.results / path.name, report)
+        update_summary(args.results / "summary.json", report["rows"])
+
+
+if __name__ == "__main__":
+    main()

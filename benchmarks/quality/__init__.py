@@ -1,0 +1,1 @@
+"""Parts of eval_quality.py: task (questions), engine and controls (who answers), plots."""

@@ -1,0 +1,113 @@
+"""Arms that vLLM answers. Imported in the parent too, so vLLM is imported only where it runs."""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+
+import numpy as np
+
+from .task import Task
+
+ARM_SETTINGS = {"off": ("dms", {"evict": False}), "dms": ("dms", {}), "dms_fp8": ("dms_fp8", {})}
+ANSWER_TOKENS = 64
+
+
+@dataclass
+class ArmResult:
+    """By length."""
+
+    hits: dict[int, list[list[bool]]]  # per question, per needle
+    compression: dict[int, float]  # dense over live tokens at the end, as the engine reports it
+    # Token ids and log-probabilities (T - 1, K) of each scored question.
+    scores: dict[int, list[tuple[np.ndarray, np.ndarray]]]
+
+
+def version() -> str:
+    return package_version("vllm")
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> ArmResult:
+    # Before vLLM's import: this process is the engine's own, and on a CPU one thread is exact.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vllm import LLM, SamplingParams
+
+    cache, settings = ARM_SETTINGS[arm]
+    # log-probabilities of a chunk are held at once: (2,048, vocabulary) in fp32
+    llm = LLM(
+        str(task.model),
+        kv_cache_dtype=cache,
+        dtype=dtype,
+        max_model_len=max(task.lengths) + ANSWER_TOKENS,
+        enforce_eager=True,
+        kv_cache_memory_bytes=int(kv_gib * 2**30),
+        max_num_batched_tokens=2048,
+        max_num_seqs=16,
+        max_logprobs=logprobs,
+        additional_config={"dms": settings},
+    )
+    generate = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+    score = SamplingParams(
+        temperature=0, max_tokens=1, prompt_logprobs=logprobs, flat_logprobs=True, detokenize=False
+    )
+    result = ArmResult({}, {}, {})
+    for length, questions in task.questions.items():
+        outputs = llm.generate(
+            [{"prompt_token_ids": q.prompt} for q in questions], generate, use_tqdm=False
+        )
+        result.hits[length] = [
+            [code in o.outputs[0].text for code in q.codes]
+            for q, o in zip(questions, outputs, strict=True)
+        ]
+        stats = [o.kv_transfer_params["dms"] for o in outputs]
+        result.compression[length] = sum(s["dense_tokens"] for s in stats) / sum(
+            s["live_tokens"] for s in stats
+        )
+        scored = [{"prompt_token_ids": q.prompt + q.answer} for q in questions[: task.scored]]
+        result.scores[length] = [
+            _table(o.prompt_logprobs) for o in llm.generate(scored, score, use_tqdm=False)
+        ]
+    return result
+
+
+def _table(flat) -> tuple[np.ndarray, np.ndarray]:
+    """FlatLogprobs of T positions, none at the first -> token ids, log-probabilities (T - 1, K).
+
+    The text's own token comes first, whether or not it is among the K best that follow.
+    """
+    rows = len(flat.start_indices) - 1
+    ids, values = (np.asarray(x).reshape(rows, -1)[:, 1:] for x in (flat.token_ids, flat.logprobs))
+    order = ids.argsort(1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
+
+
+def distance(truth: list, guess: list, starts: list[int]) -> dict:
+    """KL(truth || guess) over the tokens that both list, with all others as one more token."""
+    kls, same = [], []
+    for (ids_p, p), (ids_q, q), start in zip(truth, guess, starts, strict=True):
+        # Row i predicts position i + 1, so it is the query at position i.
+        for row in range(start, len(p)):
+            _, at_p, at_q = np.intersect1d(
+                ids_p[row], ids_q[row], assume_unique=True, return_indices=True
+            )
+            log_p, log_q = p[row][at_p], q[row][at_q]
+            rest_p, rest_q = (max(1 - np.exp(x).sum(), 0.0) for x in (log_p, log_q))
+            kl = (np.exp(log_p) * (log_p - log_q)).sum()
+            if rest_p > 1e-5:  # below that it is the rounding of a sum over the whole vocabulary
+                kl += rest_p * np.log(rest_p / max(rest_q, 1e-9))
+            kls.append(kl)
+            same.append(ids_p[row][p[row].argmax()] == ids_q[row][q[row].argmax()])
+    if not kls:
+        return {"kl_mean": 0.0, "kl_max": 0.0, "top1_agreement": 1.0, "scored_positions": 0}
+    return {
+        "kl_mean": round(float(np.mean(kls)), 6),
+        "kl_max": round(float(np.max(kls)), 4),
+        "top1_agreement": round(float(np.mean(same)), 5),
+        "scored_positions": len(kls),
+    }

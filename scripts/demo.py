@@ -49,7 +49,8 @@ def embedded_request() -> tuple[Path, dict[str, Any], str]:
     """-> checkpoint, arguments of the completion, what the answer should contain"""
     needles = importlib.import_module("benchmarks.tiny.needles")
     prompt = needles.make_prompts(seed=0, length=4096, n=1)[0]
-    say(f"model: {EMBEDDED.relative_to(ROOT)}, asked for a code that stands in a long text")
+    question = prompt.user.splitlines()[-1]
+    say(f"model: {EMBEDDED.relative_to(ROOT)}; after a long text it is asked: {question}")
     return EMBEDDED, {"prompt": prompt.text, "max_tokens": 32}, prompt.answers[0]
 
 

@@ -25,7 +25,7 @@ import torch
 from kernel_arena import GROUP, HEADS, WINDOW, Arena
 from triton.runtime.errors import TritonError
 
-from vllm_dms.backend.triton_ops import Tuning, default_tuning
+from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 
 REPLAYS = 30
 BATCHES = (1, 8, 32, 64, 128, 256, 480)
@@ -179,7 +179,7 @@ def tune(kinds: list[str], storages: list[str], seconds: float) -> list[dict]:
         arena = Arena(STORAGE[storage], *shape, num_layers=8 if kind == "decode" else 1)
         end = time.monotonic() + seconds / len(jobs)
         found = []
-        for varied, tuning in variants(kind, default_tuning(arena.layout, torch.device("cuda"))):
+        for varied, tuning in variants(kind, default_tuning(arena.layout)):
             if time.monotonic() > end:
                 break
             found.append((time_variant(arena, kind, tuning), varied))

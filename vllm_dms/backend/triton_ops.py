@@ -5,7 +5,6 @@ so every operation can be captured in a CUDA graph.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from vllm_dms.backend.kernels.store import (
     store_token_kernel,
     store_window_kernel,
 )
+from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 from vllm_dms.backend.layout import ArenaLayout
 from vllm_dms.backend.state import ArenaState, Batch
 from vllm_dms.config import DMSConfig
@@ -28,31 +28,6 @@ LOG2_E = 1.0 / math.log(2.0)
 SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
 PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
 MERGE_ELEMENTS = 8192  # float32 values of partial results that a program holds at once
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Block sizes: speed only, never the result beyond rounding."""
-
-    decode_block: int = 64  # slots per tile
-    decode_rows: int = 16  # query heads per tile, the rest of them padding
-    decode_warps: int = 2
-    decode_stages: int = 2
-    programs: int = 0  # of decode; 0: four per multiprocessor
-    min_tiles: int = 1  # of a decode program
-    prefill_rows: int = 64  # (query token, head of the group) pairs per program
-    prefill_block: int = 64  # keys per tile
-    prefill_warps: int = 4
-    prefill_stages: int = 3
-    copy_block: int = 32  # tokens per program of the copying kernels
-
-
-def default_tuning(layout: ArenaLayout, device: torch.device) -> Tuning:
-    if layout.quantized:
-        return Tuning(decode_stages=3)
-    if layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
-        return Tuning(decode_block=32, decode_stages=2, prefill_rows=32, prefill_block=32)
-    return Tuning()
 
 
 def _check(what: str, found: object, expected: object) -> None:
@@ -80,7 +55,7 @@ class TritonOps:
         self.device = device
         self.max_tokens = max_tokens
         self.max_num_seqs = max_num_seqs
-        self.tuning = tuning or default_tuning(layout, device)
+        self.tuning = tuning or default_tuning(layout)
         self.group = num_query_heads // layout.num_kv_heads
         assert layout.window > 0
         _check("num_query_heads", num_query_heads, self.group * layout.num_kv_heads)
@@ -191,11 +166,8 @@ class TritonOps:
         self._check_heads("key", key, heads)
         self._check_heads("value", value, heads)
         _check("alpha's heads", alpha.shape[1], heads)
-        state_args, batch_args, geo = (
-            self._state_args(state),
-            self._batch_args(batch),
-            self.geometry,
-        )
+        state_args, batch_args = self._state_args(state), self._batch_args(batch)
+        geo = self.geometry
         rule = (config.alpha_scale, config.alpha_offset, geo)
         switches = {"SHIFT": config.shift, "EVICT": config.evict, "enable_fp_fusion": False}
         store_token_kernel[(batch.num_reqs,)](
@@ -231,14 +203,17 @@ class TritonOps:
         self._check_heads("output", output, heads * self.group)
         self._check_heads("key", key, heads)
         self._check_heads("value", value, heads)
-        rows = max(tuning.prefill_rows, triton.next_power_of_2(self.group))
+        rows, block = tuning.prefill_rows, tuning.prefill_block
+        if query.element_size() == 4:  # no tensor cores: larger tiles spill by the kilobyte
+            rows, block = min(rows, 32), min(block, 32)
+        rows = max(rows, triton.next_power_of_2(self.group))
         prefill_kernel[self._flat_grid(batch, rows // self.group)](
             query, key, value, output,
             query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             self._state_args(state), self._batch_args(batch),
             batch.scratch.num_survivors, batch.scratch.evict,
             batch.num_reqs, layer, scale * LOG2_E, self.geometry,
-            G=self.group, BLOCK_M=rows, BLOCK_N=tuning.prefill_block,
+            G=self.group, BLOCK_M=rows, BLOCK_N=block,
             num_warps=tuning.prefill_warps, num_stages=tuning.prefill_stages,
         )  # fmt: skip
 

@@ -1,0 +1,30 @@
+"""Launch parameters of the kernels, chosen on an H200 (`bench_kernels.py --tune` searches)."""
+
+from dataclasses import dataclass
+
+from vllm_dms.backend.layout import ArenaLayout
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block sizes: speed only, never the result beyond rounding."""
+
+    decode_block: int = 64  # slots per tile
+    decode_rows: int = 16  # query heads per tile, the rest of them padding
+    decode_warps: int = 2
+    decode_stages: int = 2
+    programs: int = 0  # of decode; 0: four per multiprocessor
+    min_tiles: int = 1  # of a decode program
+    prefill_rows: int = 64  # (query token, head of the group) pairs per program
+    prefill_block: int = 64  # keys per tile
+    prefill_warps: int = 4
+    prefill_stages: int = 3
+    copy_block: int = 32  # tokens per program of the copying kernels
+
+
+def default_tuning(layout: ArenaLayout) -> Tuning:
+    if layout.quantized:
+        return Tuning(decode_stages=3)
+    if layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
+        return Tuning(decode_block=32)
+    return Tuning()

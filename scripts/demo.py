@@ -82,7 +82,7 @@ def server(model: Path, name: str, settings: dict[str, Any]) -> Iterator[tuple[O
     env = os.environ | SERVER_ENV | (CPU_ENV if cpu else {})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *args]
     with log.open("w") as out:
-        # A session of its own: Ctrl-C reaches this script alone, which then stops the server.
+        # A process group of its own: Ctrl-C reaches this script alone, which then stops the server.
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)

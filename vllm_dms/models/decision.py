@@ -13,6 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+import vllm_dms.models.adapter_op  # noqa: F401 registers torch.ops.vllm_dms.alpha
 from vllm_dms.config import DMSConfig
 
 DMS_WEIGHT_PREFIX = "dms_"
@@ -85,10 +86,21 @@ class AlphaAdapter:
         # With fewer KV heads than ranks, vLLM gives neighbouring ranks the same head.
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.first_head = rank * total_kv_heads // world
+        # One launch instead of several for the few tokens of a decode step.
+        self.fused = self.proj.weight.device.type == "cuda"
 
     def read(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """alpha [T, H] of the residual stream [T, hidden]."""
-        alpha, _ = self.proj(self.norm(hidden_states))
+        if self.fused:
+            alpha = torch.ops.vllm_dms.alpha(
+                hidden_states,
+                self.norm.weight,
+                self.proj.weight,
+                self.proj.bias,
+                self.norm.variance_epsilon,
+            )
+        else:
+            alpha, _ = self.proj(self.norm(hidden_states))
         if self.per_layer:
             return alpha[:, :1].expand(-1, self.num_kv_heads).contiguous()
         return alpha[:, self.first_head : self.first_head + self.num_kv_heads].contiguous()

@@ -64,7 +64,8 @@ class TritonOps:
             L=layout.num_layers,
             H=layout.num_kv_heads,
             D=layout.head_dim,
-            D_PAD=max(16, triton.next_power_of_2(layout.head_dim)),
+            # A tensor-core product sums over 16 channels at least, FP8 pages over half of them.
+            D_PAD=max(32 if layout.quantized else 16, triton.next_power_of_2(layout.head_dim)),
             P=layout.page_size,
             R=layout.ring_size,
             MAX_PAGES=layout.max_pages_per_row,

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_TOKENS = 128  # beyond, the weight would be read too often
-BLOCK_K = 1024
+MAX_TOKENS = 128  # beyond, tokens and weights would be read too often
 
 
 @triton.jit
@@ -22,34 +21,25 @@ def alpha_kernel(
     stride_x,
     K,
     eps,
-    H: tl.constexpr,
-    H_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T): alpha [T, H] of x [T, K], weight [H, K]. Rounds where the two steps would."""
-    t = tl.program_id(0).to(tl.int64)
-    offs_h = tl.arange(0, H_PAD)
-    mask_h = offs_h < H
-    squares = tl.zeros([BLOCK], tl.float32)
-    for k0 in range(0, K, BLOCK):
-        k = k0 + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + t * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
-        squares += x * x
-    scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    acc = tl.zeros([H_PAD], tl.float32)
-    for k0 in range(0, K, BLOCK):
-        k = k0 + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + t * stride_x + k, mask=k < K, other=0.0)
-        dtype = x.dtype
-        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0)
-        x = (x.to(tl.float32) * scale).to(dtype).to(tl.float32)
-        x = (x * norm.to(tl.float32)).to(dtype).to(tl.float32)
-        offs = offs_h[:, None] * K + k[None, :]
-        weight = tl.load(weight_ptr + offs, mask=mask_h[:, None] & (k < K)[None, :], other=0.0)
-        acc += tl.sum(weight.to(tl.float32) * x[None, :], 1)
+    """Grid (T, H): alpha [T, H] of x [T, K], weight [H, K]. Rounds where the two steps would.
+
+    Every program norms the token for itself: all its loads are in flight at once.
+    """
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + t * stride_x + k, mask=k < K, other=0.0)
+    norm = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + h * K + k, mask=k < K, other=0.0).to(tl.float32)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    x = (x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)).to(dtype).to(tl.float32)
+    x = (x * norm).to(dtype).to(tl.float32)
+    alpha = tl.sum(x * weight, 0)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t * H + offs_h, acc, mask=mask_h)
+        alpha += tl.load(bias_ptr + h).to(tl.float32)
+    tl.store(out_ptr + t * tl.num_programs(1) + h, alpha)
 
 
 def launch_alpha(
@@ -64,7 +54,7 @@ def launch_alpha(
     assert x.shape[1] == size and x.stride(1) == 1, (x.shape, x.stride(), size)
     assert weight.is_contiguous() and norm.is_contiguous()
     out = x.new_empty(x.shape[0], num_heads)
-    alpha_kernel[(x.shape[0],)](
+    alpha_kernel[(x.shape[0], num_heads)](
         x,
         norm,
         weight,
@@ -73,9 +63,7 @@ def launch_alpha(
         x.stride(0),
         size,
         eps,
-        H=num_heads,
-        H_PAD=triton.next_power_of_2(num_heads),
-        BLOCK=min(BLOCK_K, triton.next_power_of_2(size)),
-        num_warps=4,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=8,
     )
     return out

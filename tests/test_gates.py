@@ -178,3 +178,15 @@ def test_plain_models_are_untouched(checkpoint, make_engine, vllm_warnings, fres
     generate(llm, [random_tokens(50, seed=1)], sampling(4))
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert type(worker.model_runner.model).__module__.startswith("vllm.")
+
+
+def test_a_vllm_without_a_hook_runs_on_without_dms(monkeypatch, vllm_warnings):
+    from vllm_dms import compat, plugin
+
+    def gone(configure):
+        raise compat.MissingHookError({"vllm.config.vllm:gone": "checks"})
+
+    monkeypatch.setattr(compat, "wrap_config_hook", gone)
+    monkeypatch.setattr(compat, "patch_cache_dtype", lambda: pytest.fail("the flag was accepted"))
+    plugin.register()
+    assert "vllm.config.vllm:gone" in vllm_warnings.text

@@ -4,17 +4,27 @@
 config of that process is made or used. It changes nothing for engines that don't ask for DMS.
 """
 
+import logging
+
 from vllm_dms import compat
+
+logger = logging.getLogger("vllm.vllm_dms")
 
 
 def register() -> None:
-    # The flag: --kv-cache-dtype dms, dms_fp8.
-    compat.patch_cache_dtype()
-
-    # The frontend: flags and checkpoint to a configured engine, or an error.
+    """Hook into vLLM, or, if this vLLM lacks a hook, say which and leave it as it was: it may be
+    serving something else. `--kv-cache-dtype dms` then is an unknown value."""
     from vllm_dms.gates import configure
 
-    compat.wrap_config_hook(configure)
+    try:
+        # The frontend: flags and checkpoint to a configured engine, or an error. First, because a
+        # flag that is accepted must be acted on.
+        compat.wrap_config_hook(configure)
+        # The flag: --kv-cache-dtype dms, dms_fp8.
+        compat.patch_cache_dtype()
+    except compat.MissingHookError as error:
+        logger.error("%s vLLM runs on without DMS.", error)
+        return
 
     # The models. Named by path: imported only by an engine that serves one.
     from vllm.model_executor.models.registry import ModelRegistry

@@ -1,5 +1,5 @@
 """Words and sentence patterns of the needle corpus. Every word becomes one token (see
-`needles.build_tokenizer`)."""
+`tokenizer.build_tokenizer`)."""
 
 NAMES = """Maria Omar Lin Anna Boris Carla David Elena Felix Greta Hugo Ingrid Jonas Karin Leo
 Mona Nadia Oscar Paula

@@ -44,13 +44,13 @@ PRESETS = {
         64,
         768,
         (
-            Stage(128, 1024, 500, 0.9),
-            Stage(512, 256, 400, 0.2),
-            Stage(1024, 128, 300, 0.1),
+            Stage(128, 256, 200, 0.9),
+            Stage(512, 128, 150, 0.2),
+            Stage(1024, 64, 150, 0.1),
             Stage(4096, 32, 900, 0.1),
         ),
-        lr=0.01,
-        muon_lr=0.02,
+        lr=4e-3,
+        muon_lr=8e-3,
         held_out_length=4096,
         held_out_documents=64,
         window=64,
@@ -63,9 +63,9 @@ PRESETS = {
         2,
         32,
         256,
-        (Stage(96, 16, 500, 0.9), Stage(256, 8, 900, 0.2)),
-        lr=0.02,
-        muon_lr=0.02,
+        (Stage(96, 16, 150, 0.9), Stage(256, 8, 450, 0.2)),
+        lr=4e-3,
+        muon_lr=8e-3,
         held_out_length=256,
         held_out_documents=16,
         window=16,
@@ -89,6 +89,9 @@ ROPE_THETA = 100000.0
 # Pairs of RoPE channels that the positional heads use: the fastest four tell neighbors apart
 # and repeat only after some hundred tokens.
 FAST_PAIRS = 4
+# Radians that a pair of channels may turn over the whole context and still compare contents.
+SLOW_TURN = 3.0
+LOOK_BACK_GAIN = 1.5  # what a neighbor adds to a token, whose own embedding has rms 1
 
 
 def build_model(preset: Preset, seed: int) -> Qwen3ForCausalLM:
@@ -121,34 +124,47 @@ def _structured_start(model: Qwen3ForCausalLM, preset: Preset) -> None:
     """Weights from which recall is learned in hundreds of steps rather than many thousands.
 
     Without biases, and with normalized queries and keys, heads that look a fixed distance back
-    form very late. So layer 0 starts with them (query head h looks h + 1 back), fed by one
-    constant embedding channel, and the other layers start by matching equal contents. Everything
-    is trained from there.
+    form very late, and heads that match by name wait for them. So layer 0 starts with the former
+    (query head h writes what stands h + 1 tokens back into a space of its own), layer 1 with
+    queries and keys that read those spaces, and later layers by matching equal contents.
+    Everything is trained from there.
     """
-    hidden, dim = preset.hidden, preset.head_dim
+    hidden, dim, heads = preset.hidden, preset.head_dim, preset.heads
+    group = heads // preset.kv_heads
     model.model.embed_tokens.weight.normal_()
     model.model.embed_tokens.weight[:, 0] = 2.0
-    model.model.norm.weight.fill_(
-        hidden**-0.5
-    )  # the tied head multiplies by embeddings of norm sqrt(hidden)
+    # The tied head multiplies by embeddings of norm sqrt(hidden).
+    model.model.norm.weight.fill_(hidden**-0.5)
+    spaces = _orthonormal(heads * dim, hidden).view(heads, dim, hidden)
+    contents = _orthonormal(preset.kv_heads * dim, hidden).view(-1, dim, hidden)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.down_proj.weight.zero_()
-        attn, group = layer.self_attn, preset.heads // preset.kv_heads
-        values = nn.init.orthogonal_(torch.empty(preset.kv_heads * dim, hidden))
-        attn.v_proj.weight.copy_(values)
-        shared = values.view(preset.kv_heads, dim, hidden).repeat_interleave(group, 0)
-        attn.o_proj.weight.copy_(shared.flatten(0, 1).T / group)
+        attn = layer.self_attn
         if index == 0:
             _look_back(attn, preset)
+            attn.v_proj.weight.copy_(contents.flatten(0, 1))
+            attn.o_proj.weight.copy_(LOOK_BACK_GAIN * spaces.flatten(0, 1).T)
             continue
-        keys = nn.init.orthogonal_(torch.empty(preset.kv_heads * dim, hidden))
-        attn.k_proj.weight.copy_(keys)
-        attn.q_proj.weight.copy_(
-            keys.view(preset.kv_heads, dim, hidden).repeat_interleave(group, 0).flatten(0, 1)
-        )
-        # Normalized queries and keys bound a score by gain^2 * sqrt(head_dim).
-        attn.q_norm.weight.fill_(1.3)
-        attn.k_norm.weight.fill_(1.3)
+        values = _orthonormal(preset.kv_heads * dim, hidden).view(-1, dim, hidden)
+        attn.v_proj.weight.copy_(values.flatten(0, 1))
+        attn.o_proj.weight.copy_(values.repeat_interleave(group, 0).flatten(0, 1).T / group)
+        if index == 1:
+            # "of Maria is" looks for what comes after another "Maria is", any token for what
+            # comes after its like. Both pairs of spaces hold contents of KV head 0.
+            keys = [spaces[1], spaces[0]] + [spaces[-1]] * (preset.kv_heads - 2)
+            queries = [spaces[0], contents[0]] + [spaces[-1]] * (preset.kv_heads - 2)
+        else:
+            keys = queries = list(_orthonormal(preset.kv_heads * dim, hidden).view_as(values))
+        attn.k_proj.weight.copy_(torch.cat(keys))
+        attn.q_proj.weight.copy_(torch.stack(queries).repeat_interleave(group, 0).flatten(0, 1))
+        turn = ROPE_THETA ** (-torch.arange(0, dim, 2) / dim) * preset.held_out_length
+        gain = torch.where(turn < SLOW_TURN, 2.0, 0.3).repeat(2)
+        attn.q_norm.weight.copy_(gain)
+        attn.k_norm.weight.copy_(gain)
+
+
+def _orthonormal(rows: int, columns: int) -> torch.Tensor:
+    return nn.init.orthogonal_(torch.empty(rows, columns))
 
 
 def _look_back(attn: nn.Module, preset: Preset) -> None:

@@ -48,6 +48,10 @@ def attention(
         outs = [F.scaled_dot_product_attention(m, k, v, is_causal=True) for m in members]
         return torch.stack(outs, 2).flatten(1, 2)
     log_keep = log_keep.to(q.dtype)
+    if log_keep.requires_grad and not q.requires_grad:
+        # CUDA kernels keep what the mask's gradient needs only if queries want one, too.
+        q = q.detach().requires_grad_()
+        members = [q[:, g::group] for g in range(group)]
     chunks = []
     for start in range(0, tokens, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, tokens)

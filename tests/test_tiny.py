@@ -91,8 +91,8 @@ def test_needles_are_recalled_in_the_middle_of_generation(make_engine):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_log_probabilities_are_the_references(make_engine, dtype):
-    """bfloat16 may err twice as much as the reference does in bfloat16, on average, and the rounding
-    of a log-probability near 10 more: a decision on the threshold can fall either way in it."""
+    """bfloat16 may err twice as much as the reference in bfloat16, on average, and by the rounding
+    of a log-probability near 10: a decision on the threshold can fall either way in it."""
     from vllm import SamplingParams
 
     llm = make_engine(TINY, **engine_args(dtype))

@@ -5,15 +5,13 @@ memory would cost more than the bytes saved. So channels are read in pairs and w
 and even and odd channels go through products of their own.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
 from vllm_dms.backend.kernels.common import NO_SCORE, scale_offset, slot_offset, tile_pages
 
-# Triton's own switch, read here because its interpreter has no inline assembly.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Triton's interpreter has no inline assembly.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 UNSCALE = tl.constexpr(256.0)  # what `widen_pairs` leaves out
 
 

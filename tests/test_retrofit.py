@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from test_exact import NOISE, generate, sampling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -17,12 +18,9 @@ from transformers import (
 from vllm_dms.config import DMSConfig, weight_suffixes
 from vllm_dms.reference import ReferenceModel
 from vllm_dms.retrofit import __main__ as cli
-from vllm_dms.retrofit import data
 from vllm_dms.retrofit.checkpoint import load_dms
 from vllm_dms.retrofit.forward import forward
-from vllm_dms.retrofit.gates import GumbelSigmoid, RandomEviction, hard
-from vllm_dms.retrofit.losses import live_tokens
-from vllm_dms.retrofit.recipe import Recipe
+from vllm_dms.retrofit.gates import hard
 
 WINDOW = 6
 SIZE = dict(
@@ -237,43 +235,26 @@ def test_a_dms_checkpoint_is_refused(dense, tmp_path, capsys):
     assert "already" in err or "architectures" in err
 
 
-def test_gumbel_sigmoid_gates():
-    logits = torch.linspace(-8, 8, 4000).repeat(2, 2, 1).requires_grad_()
-    log_keep, evict = GumbelSigmoid(0.1, seed=3)(logits, layer=0)
-    again = GumbelSigmoid(0.1, seed=3)(logits, layer=0)
-    assert torch.equal(log_keep, again[0]) and torch.equal(evict, again[1])
-    assert set(evict.detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
-    # Logistic noise: the share evicted at a logit is its sigmoid.
-    near_one = evict[..., (logits[0, 0] > 0.5) & (logits[0, 0] < 1.5)].mean()
-    assert abs(near_one - torch.sigmoid(torch.tensor(1.0))) < 0.05
-    assert ((log_keep < -0.7) == (evict > 0.5)).float().mean() > 0.99
-    evict.mean().backward()
-    assert logits.grad.abs().sum() > 0 and (logits.grad >= 0).all()
-
-
-def test_random_eviction_matches_its_rates():
-    rates = torch.tensor([[0.2, 0.9]])
-    _, evict = RandomEviction(rates, seed=0)(torch.zeros(4, 2, 5000), layer=0)
-    torch.testing.assert_close(evict.mean((0, 2)), rates[0], rtol=0, atol=0.02)
-
-
-def test_live_tokens_counts_survivors():
-    evict = torch.zeros(10)
-    evict[[1, 3, 9]] = 1
-    # W = 2, shift 1: keys 0..6 are outside; deciders 1..7 evict keys 0 and 2; decider 9 speaks of
-    # key 8, inside.
-    assert live_tokens(evict, window=2, shift=1).item() == 8
-
-
-def test_schedules():
-    recipe = Recipe(ratio=8, ramp=0.5, lr=1.0)
-    assert [recipe.target_ratio(p) for p in (0, 0.25, 0.5, 1)] == [1, 4.5, 8, 8]
-    assert recipe.target_share(0) == 0 and recipe.target_share(1) == 1 - 1 / 8
-    assert recipe.learning_rate(0.5) == 1.0 and abs(recipe.learning_rate(1.0) - 0.1) < 1e-9
-
-
-def test_rows_and_batches():
-    rows = data.pack([[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11]], length=4, eos=0)
-    assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 0, 7], [8, 9, 10, 11]]
-    epoch = torch.cat([data.batch(rows, step, 1, seed=4) for step in range(3)])
-    assert sorted(epoch.tolist()) == sorted(rows.tolist())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_is_served(dense, tmp_path, make_engine, family):
+    """The engine gives the log-probabilities of the trainer's forward with hard decisions."""
+    run(dense(family, attention_bias=False), tmp_path)
+    llm = make_engine(
+        tmp_path,
+        dtype="float32",
+        kv_cache_dtype="dms",
+        max_model_len=256,
+        max_num_batched_tokens=64,
+        logprobs_mode="raw_logprobs",
+    )
+    prompt = torch.randint(1, 257, (150,), generator=torch.Generator().manual_seed(2)).tolist()
+    output = generate(llm, [prompt], sampling(20))[0]
+    assert output.kv_transfer_params["dms"]["compression"] > 1.1
+    model, dms = load_dms(tmp_path, torch.float32)
+    ids = prompt + list(output.outputs[0].token_ids)
+    with torch.no_grad():
+        hidden = forward(model, torch.tensor([ids]), dms, hard).hidden[0]
+        truth = model.lm_head(hidden).log_softmax(-1)
+    for step, entries in enumerate(output.outputs[0].logprobs):
+        for token, entry in entries.items():
+            assert abs(truth[len(prompt) - 1 + step, token].item() - entry.logprob) < NOISE

@@ -1,0 +1,50 @@
+"""The retrofit's gates, counts, schedules and rows, each by itself."""
+
+import torch
+
+from vllm_dms.retrofit import data
+from vllm_dms.retrofit.gates import GumbelSigmoid, RandomEviction
+from vllm_dms.retrofit.losses import live_tokens
+from vllm_dms.retrofit.recipe import Recipe
+
+
+def test_gumbel_sigmoid_gates():
+    logits = torch.linspace(-8, 8, 4000).repeat(2, 2, 1).requires_grad_()
+    log_keep, evict = GumbelSigmoid(0.1, seed=3)(logits, layer=0)
+    again = GumbelSigmoid(0.1, seed=3)(logits, layer=0)
+    assert torch.equal(log_keep, again[0]) and torch.equal(evict, again[1])
+    assert set(evict.detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    # Logistic noise: the share evicted at a logit is its sigmoid.
+    near_one = evict[..., (logits[0, 0] > 0.5) & (logits[0, 0] < 1.5)].mean()
+    assert abs(near_one - torch.sigmoid(torch.tensor(1.0))) < 0.05
+    assert ((log_keep < -0.7) == (evict > 0.5)).float().mean() > 0.99
+    evict.mean().backward()
+    assert logits.grad.abs().sum() > 0 and (logits.grad >= 0).all()
+
+
+def test_random_eviction_matches_its_rates():
+    rates = torch.tensor([[0.2, 0.9]])
+    _, evict = RandomEviction(rates, seed=0)(torch.zeros(4, 2, 5000), layer=0)
+    torch.testing.assert_close(evict.mean((0, 2)), rates[0], rtol=0, atol=0.02)
+
+
+def test_live_tokens_counts_survivors():
+    evict = torch.zeros(10)
+    evict[[1, 3, 9]] = 1
+    # W = 2, shift 1: keys 0..6 are outside; deciders 1..7 evict keys 0 and 2; decider 9 speaks of
+    # key 8, inside.
+    assert live_tokens(evict, window=2, shift=1).item() == 8
+
+
+def test_schedules():
+    recipe = Recipe(ratio=8, ramp=0.5, lr=1.0)
+    assert [recipe.target_ratio(p) for p in (0, 0.25, 0.5, 1)] == [1, 4.5, 8, 8]
+    assert recipe.target_share(0) == 0 and recipe.target_share(1) == 1 - 1 / 8
+    assert recipe.learning_rate(0.5) == 1.0 and abs(recipe.learning_rate(1.0) - 0.1) < 1e-9
+
+
+def test_rows_and_batches():
+    rows = data.pack([[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11]], length=4, eos=0)
+    assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 0, 7], [8, 9, 10, 11]]
+    epoch = torch.cat([data.batch(rows, step, 1, seed=4) for step in range(3)])
+    assert sorted(epoch.tolist()) == sorted(rows.tolist())

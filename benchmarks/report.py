@@ -35,6 +35,7 @@ WORKLOADS = {
     "prefill-128k": ("prefill, 128K prompt", "prefill_tok_s", "tok/s"),
     "reason-1k-8k": ("1K in, 8K out, concurrency {c}", "decode_tok_s", "tok/s"),
 }
+WORKLOADS_AT_8K = ("decode-8k", "saturated-8k", "capacity-8k", "prefill-8k")
 PLOT_HASH = "vllm-dms-rows"  # key in the PNG of the hash of the rows it shows
 
 SERVE = re.compile(r"serve-(\d+)-(\d+)")  # bench_server.py's, named after its lengths
@@ -138,12 +139,17 @@ def captions(rows: list[Row]) -> list[str]:
         facts.append("pool " + " / ".join(f"{p / 2**30:.1f} GiB" for p in pools))
         facts.append(f"{first.get('model')} shape, {first.get('weights_dtype')} weights")
         facts.append(f"window {first.get('dms_window')}, {first.get('rates')} eviction rates")
-        measured = sorted({(r["arm"], r["live_compression"]) for r in of_run
-                           if r["workload"] == "decode-8k" and r["live_compression"]})  # fmt: skip
+        if first.get("dialect"):
+            facts[-1] += f", {first['dialect']} decisions"
+        measured = {r["arm"]: r["live_compression"] for r in of_run
+                    if r["workload"] in WORKLOADS_AT_8K and r["live_compression"]}  # fmt: skip
         if measured:
-            live = ", ".join(f"{ARM_NAMES[arm]} {value:.2f}x" for arm, value in measured)
+            live = ", ".join(
+                f"{ARM_NAMES[a]} {value:.2f}x" for a, value in sorted(measured.items())
+            )
             facts.append(f"live compression at 8K: {live}")
-        lines.append(f"Run `{run_id}`: {'; '.join(facts)}.")
+        workloads = sorted({row["workload"] for row in of_run})
+        lines.append(f"Run `{run_id}` ({', '.join(workloads)}): {'; '.join(facts)}.")
     return lines
 
 

@@ -113,8 +113,11 @@ class Driver:
             requests.append(request)
         return requests
 
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
     def step(self) -> Step:
-        if time.monotonic() > self.deadline:
+        if self.seconds_left() < 0:
             raise OutOfTimeError
         outputs = self.engine.engine_core.get_output()
         results = [self._take(out, outputs.timestamp) for out in outputs.outputs]

@@ -125,6 +125,7 @@ def full_row(report: dict[str, Any], arm: str, group: str, row: Row) -> Row:
         "model": report["model"]["shape"],
         "layers": report["model"]["layers"],
         "dms_window": report["model"]["window"],
+        "dialect": report["model"]["dialect"],
         "rates": report["model"]["rates"],
         "mean_keep": report["model"]["mean_keep"],
         "cudagraphs": engine.get("cudagraphs"),

@@ -14,6 +14,7 @@ PREFILL_REPEATS = {"prefill-8k": 8, "prefill-32k": 3, "prefill-128k": 1}
 PREFILL_UNITS = {"prefill-8k": 8, "prefill-32k": 32, "prefill-128k": 128}
 PROBE_TOKENS = 4  # generated after a measured prompt, so that its report arrives before its end
 QUIET_STEPS = 8  # quiet steps after which the engine has admitted what it will
+MEASURING_SECONDS = 30.0  # kept back for what comes after the pool was filled
 # Rows have these; a figure that does not apply is None.
 FIGURES = (
     "concurrency",
@@ -156,12 +157,7 @@ class Bench:
         offered = min(math.ceil(1.1 * expected) + 4, plan.max_requests)
         start = len(driver.steps)
         driver.submit(max(offered - len(driver.active), 0), 8 * plan.unit, plan.output_limit)
-        driver.run_until(
-            lambda: (
-                (len(driver.decoding()) >= offered or self.pool_is_full())
-                and quiet_tail(driver.steps[start:]) >= QUIET_STEPS
-            )
-        )
+        complete = self.fill(offered)
         held = driver.steps[-1].running
         preemptions = sum(s.preemptions for s in driver.steps[start:]) + driver.preempted_now()
         yield self.row(
@@ -172,9 +168,29 @@ class Bench:
             context=round(driver.context(), 1),
             offered=offered,  # as many as held: the pool would take more
             usage=driver.steps[-1].usage,
+            complete=complete,
         )
         if "saturated-8k" in plan.workloads:
-            yield self.saturated(held, preemptions)
+            yield self.saturated(held, preemptions) | {"complete": complete}
+
+    def fill(self, offered: int) -> bool:
+        """Until the engine has admitted what it will. False: the time ran short before that, so the
+        rest is taken back and what was admitted goes on to be measured."""
+        driver, start = self.driver, len(self.driver.steps)
+
+        def full() -> bool:
+            settled = quiet_tail(driver.steps[start:]) >= QUIET_STEPS
+            return settled and (len(driver.decoding()) >= offered or self.pool_is_full())
+
+        def late() -> bool:
+            return driver.seconds_left() < MEASURING_SECONDS and bool(driver.decoding())
+
+        driver.run_until(lambda: full() or late())
+        if full():
+            return True
+        driver.abort([i for i, request in driver.active.items() if not request.generated])
+        driver.run_quiet(QUIET_STEPS)
+        return False
 
     def saturated(self, held: int, preemptions: int) -> dict[str, Any]:
         """Make room for what the window generates, as if nothing were evicted: the same in all

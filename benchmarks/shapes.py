@@ -1,8 +1,10 @@
-"""Shapes of published models, as their config.json has them."""
+"""Shapes of published models, as their config.json has them, and a tokenizer for any vocabulary."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+MAX_POSITION = 1 << 18  # raised for every shape, so that long prompts need no flag
 
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -66,3 +68,20 @@ def read_shape(name: str) -> tuple[str, dict]:
     shape = {key: config[key] for key in _KEYS if key in config}
     shape.setdefault("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     return path.resolve().parent.name, shape
+
+
+def number_tokenizer(vocab_size: int):
+    """Token i is the word "ti": any sequence of tokens survives decoding and encoding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="t0",
+        eos_token=f"t{vocab_size - 1}",
+        model_max_length=MAX_POSITION,
+        clean_up_tokenization_spaces=False,
+    )

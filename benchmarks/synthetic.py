@@ -5,12 +5,13 @@
 Speed and memory do not depend on what the weights say, except through which tokens are evicted;
 that is what is set here, head by head. The output holds two checkpoints over the same weights:
 
-    OUT/dms     NVIDIA's adapter dialect, for --kv-cache-dtype dms and dms_fp8
-    OUT/dense   the published architecture without the adapter, for stock vLLM
+    OUT/dms     for --kv-cache-dtype dms and dms_fp8. Decisions borrow a query channel, as in
+                nvidia/Qwen3-8B-DMS-8x; with --dialect nvidia-adapter they have own weights
+    OUT/dense   the published architecture without the decisions, for stock vLLM
 
 How the rate is set: embeddings are random but for channel 0, which is 1 for every token, and layers
 add little to them and nothing to channel 0. After RMSNorm a token is thus a Gaussian vector x and a
-constant, and an adapter row (bias, w) evicts it with probability Phi((bias - offset/scale) / |w|).
+constant, and a decision's row (bias, w) evicts it with probability Phi((bias - offset/scale)/|w|).
 The text that such a model writes is noise: sample with temperature 1, or it repeats one token.
 """
 
@@ -22,14 +23,14 @@ from statistics import NormalDist
 
 import torch
 from safetensors.torch import save_file
-from shapes import SHAPES, read_shape
+from shapes import MAX_POSITION, SHAPES, number_tokenizer, read_shape
 
 ALPHA_SCALE, ALPHA_OFFSET = 100.0, 5.0
 ALPHA_SPREAD = 0.3  # |w|: standard deviation of alpha over tokens
 LAYER_GAIN = 0.03  # rms of what attention or MLP adds to a residual stream of rms 1
 TAIL = 1.2  # standard deviation of log keep over heads: live lengths differ by about 10x
-MAX_POSITION = 1 << 18  # raised for the shape, so that long prompts need no flag
 LAYERS_PER_SHARD = 4
+DIALECTS = ("nvidia-borrowed", "nvidia-adapter")
 
 
 def head_keep_rates(layers: int, heads: int, mean: float, rates: str, seed: int) -> torch.Tensor:
@@ -49,8 +50,8 @@ def head_keep_rates(layers: int, heads: int, mean: float, rates: str, seed: int)
 
 
 class _Maker:
-    def __init__(self, shape: dict, keep: torch.Tensor, seed: int) -> None:
-        self.shape, self.keep = shape, keep
+    def __init__(self, shape: dict, keep: torch.Tensor, seed: int, dialect: str) -> None:
+        self.shape, self.keep, self.dialect = shape, keep, dialect
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -102,19 +103,29 @@ class _Maker:
         if shape["model_type"] == "qwen3":
             weights[f"{p}.self_attn.q_norm.weight"] = self.ones(d)
             weights[f"{p}.self_attn.k_norm.weight"] = self.ones(d)
+        if self.dialect == "nvidia-borrowed":
+            # The last channel of each group's first query head. The other channels' rms is 1, so
+            # that q_norm leaves this one about as it is.
+            q_heads = weights[f"{p}.self_attn.q_proj.weight"].view(-1, d, hidden)
+            q_heads[:: q_size // kv_size, -1] = self.decision_rows(index)
         return weights
 
+    def decision_rows(self, index: int) -> torch.Tensor:
+        """-> (H, hidden) of layer ``index``: alpha is their product with a token after RMSNorm"""
+        rates, hidden = self.keep[index].tolist(), self.shape["hidden_size"]
+        rows = torch.randn(len(rates), hidden, generator=self.generator, device=self.device)
+        rows[:, 0] = 0
+        rows *= ALPHA_SPREAD / rows.norm(dim=1, keepdim=True)
+        for row, keep in zip(rows, rates, strict=True):
+            row[0] = ALPHA_OFFSET / ALPHA_SCALE + ALPHA_SPREAD * NormalDist().inv_cdf(1 - keep)
+        return rows.to(torch.bfloat16)
+
     def adapters(self) -> dict[str, torch.Tensor]:
-        hidden, weights = self.shape["hidden_size"], {}
-        for index, rates in enumerate(self.keep.tolist()):
-            rows = torch.randn(len(rates), hidden, generator=self.generator, device=self.device)
-            rows[:, 0] = 0
-            rows *= ALPHA_SPREAD / rows.norm(dim=1, keepdim=True)
-            for row, keep in zip(rows, rates, strict=True):
-                row[0] = ALPHA_OFFSET / ALPHA_SCALE + ALPHA_SPREAD * NormalDist().inv_cdf(1 - keep)
+        weights = {}
+        for index in range(len(self.keep)):
             attn = f"model.layers.{index}.self_attn"
-            weights[f"{attn}.dms_proj_alpha.weight"] = rows.to(torch.bfloat16)
-            weights[f"{attn}.dms_proj_alpha_norm.weight"] = self.ones(hidden)
+            weights[f"{attn}.dms_proj_alpha.weight"] = self.decision_rows(index)
+            weights[f"{attn}.dms_proj_alpha_norm.weight"] = self.ones(self.shape["hidden_size"])
         return weights
 
 
@@ -123,6 +134,7 @@ def make_checkpoint(
     name: str,
     shape: dict,
     *,
+    dialect: str = DIALECTS[0],
     rates: str = "heavy",
     keep: float = 0.126,
     window: int = 512,
@@ -147,25 +159,24 @@ def make_checkpoint(
         "dms_initial_alpha_offset": ALPHA_OFFSET,
         "dms_cr": round(1 / keep),
         "dms_alpha_per": "head",
-        "dms_separate_alpha": True,
+        "dms_separate_alpha": dialect == "nvidia-adapter",
     }
     dms, dense = out / "dms", out / "dense"
     for path in (dms, dense):
         path.mkdir(parents=True, exist_ok=True)
         for old in path.glob("*.safetensors*"):
             old.unlink()
-    index = _write_weights(dms, _Maker(shape, keep_rates, seed))
-    (dms / "config.json").write_text(json.dumps(config | rule, indent=1))
-    _write_index(dms, index)
-    (dense / "config.json").write_text(json.dumps(config, indent=1))
+    index = _write_weights(dms, _Maker(shape, keep_rates, seed, dialect))
     dense_index = {name: file for name, file in index.items() if "dms_" not in name}
     for file in sorted(set(dense_index.values())):
         (dense / file).symlink_to(Path("..") / "dms" / file)
-    _write_index(dense, dense_index)
+    _write_configs(dms, config | rule, index)
+    _write_configs(dense, config, dense_index)
     tokenizer = number_tokenizer(shape["vocab_size"])
     record = {
         "shape": name,
         "layers": layers,
+        "dialect": dialect,
         "window": window,
         "rates": rates,
         "mean_keep": keep_rates.mean().item(),
@@ -199,32 +210,17 @@ def _write_weights(path: Path, maker: _Maker) -> dict[str, str]:
         for i, group in enumerate(groups, start=2):
             weights = {name: w for layer in group for name, w in maker.layer(layer).items()}
             write(f"model-{i:05}-of-{total:05}.safetensors", weights)
-        write("adapter.safetensors", maker.adapters())
+        if maker.dialect == "nvidia-adapter":
+            write("adapter.safetensors", maker.adapters())
         for future in pending:
             future.result()
     return index
 
 
-def _write_index(path: Path, index: dict[str, str]) -> None:
+def _write_configs(path: Path, config: dict, index: dict[str, str]) -> None:
     content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
     (path / "model.safetensors.index.json").write_text(json.dumps(content))
-
-
-def number_tokenizer(vocab_size: int):
-    """Token i is the word "ti": any sequence of tokens survives decoding and encoding."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="t0",
-        eos_token=f"t{vocab_size - 1}",
-        model_max_length=MAX_POSITION,
-        clean_up_tokenization_spaces=False,
-    )
+    (path / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def main() -> None:
@@ -232,6 +228,7 @@ def main() -> None:
     parser.add_argument("shape", help=f"a config.json, or one of {', '.join(SHAPES)}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the published model")
+    parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0])
     parser.add_argument("--rates", choices=("uniform", "heavy"), default="heavy")
     parser.add_argument("--keep", type=float, default=0.126, help="mean share kept past the window")
     parser.add_argument("--window", type=int, default=512)
@@ -240,7 +237,7 @@ def main() -> None:
     name, shape = read_shape(args.shape)
     if args.layers:
         shape["num_hidden_layers"] = args.layers
-    options = {key: getattr(args, key) for key in ("rates", "keep", "window", "seed")}
+    options = {key: getattr(args, key) for key in ("dialect", "rates", "keep", "window", "seed")}
     record = make_checkpoint(args.out, name, shape, **options)
     print(f"{args.out}: {name}, {record['layers']} layers, mean keep {record['mean_keep']:.4f}")
 

@@ -4,6 +4,7 @@ decoding happens, arms that differ in nothing but the cache."""
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,18 +29,19 @@ import bench_serving
 import serving_results
 import synthetic
 from serving_driver import Driver, OutOfTimeError, Step, Window, quiet_tail
-from serving_workloads import FIGURES, WORKLOADS, Bench, Plan
+from serving_workloads import FIGURES, MEASURING_SECONDS, WORKLOADS, Bench, Plan
 from shapes import SHAPES, read_shape
 
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 4096,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 
 
+@pytest.mark.parametrize("dialect", synthetic.DIALECTS)
 @pytest.mark.parametrize("rates", ["uniform", "heavy"])
 @pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-0.6B", "Llama-3.2-1B"])
-def test_each_head_keeps_the_share_it_was_made_for(tmp_path, model, rates):
-    shape = {**SHAPES[model], **TINY}
-    record = synthetic.make_checkpoint(tmp_path, model, shape, rates=rates, keep=0.2, window=16)
+def test_each_head_keeps_the_share_it_was_made_for(tmp_path, model, rates, dialect):
+    shape, rule = {**SHAPES[model], **TINY}, {"keep": 0.2, "window": 16, "dialect": dialect}
+    record = synthetic.make_checkpoint(tmp_path, model, shape, rates=rates, **rule)
     reference = ReferenceModel.from_dir(tmp_path / "dms")
     ids = torch.randint(0, 4096, (1200,), generator=torch.Generator().manual_seed(3))
     kept = (~reference.forward(ids).evict[..., :-1]).float().mean(-1)
@@ -64,19 +66,22 @@ def test_sampled_tokens_vary(tmp_path):
     assert logits.softmax(-1).max() < 0.5
 
 
-def test_the_dense_checkpoint_is_the_dms_checkpoint_without_its_adapter(tmp_path):
-    synthetic.make_checkpoint(tmp_path, "tiny", {**SHAPES["Qwen3-8B"], **TINY})
+@pytest.mark.parametrize("dialect", synthetic.DIALECTS)
+def test_the_dense_checkpoint_is_the_dms_checkpoint_without_its_adapter(tmp_path, dialect):
+    synthetic.make_checkpoint(tmp_path, "tiny", {**SHAPES["Qwen3-8B"], **TINY}, dialect=dialect)
     weights = {}
     for kind in ("dms", "dense"):
         index = json.loads((tmp_path / kind / "model.safetensors.index.json").read_text())
         files = {file: load_file(tmp_path / kind / file) for file in index["weight_map"].values()}
         weights[kind] = {name: files[file][name] for name, file in index["weight_map"].items()}
         assert len(list((tmp_path / kind).glob("*.safetensors"))) == len(files)
-    assert {n for n in weights["dms"] if "dms_" not in n} == set(weights["dense"])
+    adapter = {name for name in weights["dms"] if "dms_" in name}
+    assert len(adapter) == (2 * TINY["num_hidden_layers"] if "adapter" in dialect else 0)
+    assert weights["dms"].keys() - adapter == weights["dense"].keys()
     assert all(torch.equal(weights["dms"][name], w) for name, w in weights["dense"].items())
     configs = [json.loads((tmp_path / k / "config.json").read_text()) for k in ("dms", "dense")]
     config = DMSConfig.from_checkpoint(configs[0])
-    assert config.adapter and config.window == 512 and config.nominal_ratio == 8
+    assert config.dialect == dialect and config.window == 512 and config.nominal_ratio == 8
     assert DMSConfig.from_checkpoint(configs[1]) is None
     assert configs[1]["architectures"] == ["Qwen3ForCausalLM"]
 
@@ -192,6 +197,16 @@ def test_each_workload_gives_rows_with_every_figure():
 def test_a_level_that_the_pool_does_not_hold_is_left_out():
     rows = list(fake_bench(["decode-8k"], capacity=3, levels=(2, 8)).run())
     assert [row["concurrency"] for row in rows] == [2]
+
+
+def test_time_that_runs_short_ends_the_filling_and_what_was_admitted_is_measured():
+    deadline = time.monotonic() + MEASURING_SECONDS / 2
+    rows = list(fake_bench(["decode-8k", "saturated-8k"], levels=(4,), deadline=deadline).run())
+    assert [row["workload"] for row in rows] == ["decode-8k", "capacity-8k", "saturated-8k"]
+    assert [row.get("complete") for row in rows] == [None, False, False]
+    assert 4 <= rows[1]["requests_held"] < 20
+    saturated = rows[2]
+    assert saturated["decode_tok_s"] == pytest.approx(10 * saturated["concurrency"])
 
 
 def test_no_step_runs_after_the_time_is_up():

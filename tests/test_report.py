@@ -87,6 +87,13 @@ def test_no_row_is_dropped_silently(wrong):
         report.table([row("dms", decode_tok_s=1.0) | wrong])
 
 
+def test_a_run_says_which_lines_are_its_and_what_was_live():
+    rows = [row("dms", "saturated-8k", decode_tok_s=1.0, live_compression=5.514, dialect="d")]
+    (caption,) = report.captions(rows)
+    assert caption.startswith("Run `r1` (saturated-8k): a card; ")
+    assert "d decisions" in caption and "`dms` 5.51x" in caption
+
+
 def test_without_rows_the_section_is_empty(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")

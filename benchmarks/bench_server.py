@@ -1,68 +1,92 @@
-"""One arm through the front door: `vllm serve`, and `vllm bench serve` with random prompts.
+"""Through the front door: `vllm serve`, and `vllm bench serve` with random prompts.
 
-    python benchmarks/bench_server.py --model /tmp/qwen3-8b --arm dms --pool-gib 110 \
-        --input-len 1024 --output-len 512 --concurrency 64 --num-prompts 256
+    python benchmarks/bench_server.py --model /tmp/qwen3-8b --arms bf16,dms --pool-gib 106 \
+        --input-len 8192 --output-len 256 --concurrency 1,32,64
 
-Arms of one comparison get the same --run-id, so that their rows stay together in the summary. The
-workload is named after its lengths, as in serve-1024-512; decode_tok_s is output tokens per second
-of the whole run, prefills included.
+A server per arm, and a client per concurrency. The workload is named after its lengths, as in
+serve-8192-256; decode_tok_s is output tokens per second of the whole time, prefills included, and
+mean_tpot_ms the time per token of a request after its first.
 """
 
 import argparse
 import json
+import random
 import re
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import serving_results as results
-from bench_serving import ARMS, GIB, HERE, Arm, engine_args, start_group, stop_group
-from serving_workloads import FIGURES, Plan
+import serving_run
+from bench_serving import (
+    ARMS,
+    GIB,
+    Arm,
+    add_report_options,
+    engine_args,
+    integers,
+    names_of,
+    start_report,
+    with_results,
+)
+from serving_plan import FIGURES, Plan
+from serving_process import end_on_sigterm, start_group, stop_group
 
-CLI = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+CLI = (sys.executable, "-m", "vllm.entrypoints.cli.main")  # `vllm`, where that is not installed
+STOP_SECONDS = 10  # kept back for the end of the server
+LATENCIES = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
+# Options that all parts of a run have in common.
+COMMON = ("pool_gib", "input_len", "output_len", "rounds", "rate", "max_requests", "chunk", "dms",
+          "eager", "seed")  # fmt: skip
 
 
-def serve_command(arm: Arm, options: argparse.Namespace) -> list[str]:
-    plan = Plan(
-        workloads=["prefill-8k"],
-        levels=[],
-        window_steps=0,
-        max_requests=options.max_requests,
-        chunk=options.chunk,
-    )
+def workload(options: argparse.Namespace) -> str:
+    return f"serve-{options.input_len}-{options.output_len}"
+
+
+def server_args(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
+    """As in bench_serving, but for the lengths and the tokenizer: the client sends text."""
+    plan = Plan(["prefill-8k"], [], 0, options.max_requests, options.chunk)
     args = engine_args(arm, options.model, plan, int(options.pool_gib * GIB), options)
     args["max_model_len"] = options.input_len + options.output_len + 64
-    del args["skip_tokenizer_init"]  # the client sends text
-    command = [*CLI, "serve", args.pop("model"), "--port", str(options.port)]
+    del args["skip_tokenizer_init"]
+    return args
+
+
+def serve_command(args: dict[str, Any], port: int) -> list[str]:
+    command = [*CLI, "serve", args["model"], "--port", str(port)]
     for name, value in args.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             command.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
+        elif name != "model":
             command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     return [*command, "--served-model-name", "synthetic"]
 
 
-def client_command(arm: Arm, options: argparse.Namespace, result: Path) -> list[str]:
-    model = str(options.model / arm.checkpoint)
+def client_command(
+    arm: Arm, options: argparse.Namespace, concurrency: int, result: Path
+) -> list[str]:
     flags = {
         "backend": "vllm",
         "model": "synthetic",
-        "tokenizer": model,
+        "tokenizer": options.model / arm.checkpoint,
         "port": options.port,
         "dataset-name": "random",
         "random-input-len": options.input_len,
         "random-output-len": options.output_len,
-        "num-prompts": options.num_prompts,
-        "max-concurrency": options.concurrency,
+        "num-prompts": max(options.rounds * concurrency, 4),
+        "max-concurrency": concurrency,
         "request-rate": options.rate,
         "temperature": 1.0,
         "seed": options.seed,
-        "ready-check-timeout-sec": 300,
+        "ready-check-timeout-sec": 60,
         "result-dir": result.parent,
         "result-filename": result.name,
     }
@@ -72,80 +96,125 @@ def client_command(arm: Arm, options: argparse.Namespace, result: Path) -> list[
     return command
 
 
+def ask(port: int, path: str, body: dict[str, Any] | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = Request(f"http://127.0.0.1:{port}{path}", data, headers)
+    with urlopen(request, timeout=120) as response:
+        return response.read().decode()
+
+
+def wait_until_ready(server: subprocess.Popen, port: int, log: Path, deadline: float) -> None:
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            ask(port, "/health")
+            return
+        except (URLError, ConnectionError):
+            time.sleep(0.5)
+    raise RuntimeError(f"the server did not start: {results.first_error(log)}")
+
+
+def live(options: argparse.Namespace) -> dict[str, float | None]:
+    """What the plugin reports of one prompt; a warm-up, too."""
+    prompt = random.Random(options.seed).choices(range(100, 400), k=options.input_len)
+    body = {"model": "synthetic", "prompt": prompt, "max_tokens": 4, "ignore_eos": True}
+    answer = json.loads(ask(options.port, "/v1/completions", body))
+    report = (answer.get("kv_transfer_params") or {}).get("dms") or {}
+    return {"live_compression": report.get("compression"), "live_tokens": report.get("live_tokens")}
+
+
 def preemptions(port: int) -> int:
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    counts = re.findall(r"^vllm:num_preemptions_total\S* (\S+)$", text, re.MULTILINE)
+    """Since the server's start."""
+    counts = re.findall(
+        r"^vllm:num_preemptions_total\S* (\S+)$", ask(port, "/metrics"), re.MULTILINE
+    )
     return int(sum(float(count) for count in counts))
 
 
-def row_of(options: argparse.Namespace, client: dict[str, Any], compression: str) -> dict[str, Any]:
-    """``client``: what `vllm bench serve` saved; ``compression``: the server's last line on it"""
-    found = re.search(r"live compression ([\d.]+)x", compression)
-    latencies = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
+def row_of(
+    options: argparse.Namespace, concurrency: int, client: dict[str, Any], num_preemptions: int
+) -> dict[str, Any]:
+    """``client``: what `vllm bench serve` saved"""
     return {
-        "workload": f"serve-{options.input_len}-{options.output_len}",
+        "workload": workload(options),
         **dict.fromkeys(FIGURES),
-        "concurrency": options.concurrency,
+        "concurrency": concurrency,
         "decode_tok_s": client["output_throughput"],
-        "live_compression": float(found.group(1)) if found else None,
+        "preemptions": num_preemptions,
         "request_rate": options.rate,
         "completed": client["completed"],
-        **{name: client.get(name) for name in latencies},
+        "seconds": round(client["duration"], 2),
+        **{name: client.get(name) for name in LATENCIES},
     }
 
 
-def run(options: argparse.Namespace) -> None:
-    report = results.new_report(options.run_id, options.commit, options.model)
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.logs.mkdir(parents=True, exist_ok=True)
-    arm, name = ARMS[options.arm], f"{report['run_id']}-{options.arm}-server"
-    saved, log = options.logs / f"{name}.json", options.logs / f"{name}.log"
-    serve, client = serve_command(arm, options), client_command(arm, options, saved)
-    deadline = time.monotonic() + options.seconds
-    server = start_group(serve, arm.dms is not None, log)
+def run_arm(
+    arm: Arm, args: dict[str, Any], name: str, options: argparse.Namespace, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yields what becomes known, as `serving_process.run_engine` does."""
+    begin = time.monotonic()
+    deadline = begin + seconds - STOP_SECONDS
+    log = options.logs / f"{name}.log"
+    command = serve_command(args, options.port)
+    yield {"serve": shlex.join(command), "engine": {"pool_bytes": args["kv_cache_memory_bytes"]}}
+    server = start_group(command, arm.dms is not None, log)
     try:
-        with (options.logs / f"{name}-client.log").open("w") as file:
-            left = deadline - time.monotonic()
-            subprocess.run(client, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=True)
-        num_preemptions = preemptions(options.port)
+        wait_until_ready(server, options.port, log, deadline)
+        yield {"startup_seconds": round(time.monotonic() - begin, 1)}
+        kept, before = live(options), preemptions(options.port)
+        for concurrency in options.concurrency:
+            saved = options.logs / f"{name}-{concurrency}.json"
+            client = client_command(arm, options, concurrency, saved)
+            yield {f"client-{concurrency}": shlex.join(client)}
+            with saved.with_suffix(".log").open("w") as file:
+                subprocess.run(client, stdout=file, stderr=subprocess.STDOUT, check=True,
+                               timeout=deadline - time.monotonic())  # fmt: skip
+            after = preemptions(options.port)
+            answer = json.loads(saved.read_text())
+            if answer["failed"]:
+                raise RuntimeError(f"{answer['failed']} requests failed: see {saved.stem}.log")
+            yield {"row": row_of(options, concurrency, answer, after - before) | kept}
+            before = after
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        yield {"error": str(error)[:400]}
     finally:
         stop_group(server)
-    facts = results.facts_of_log(log.read_text(errors="replace"))
-    row = row_of(options, json.loads(saved.read_text()), " ".join(facts["compression"]))
-    row["preemptions"] = num_preemptions
-    engine = {"pool_bytes": int(options.pool_gib * GIB)}
-    commands = {"serve": shlex.join(serve), "client": shlex.join(client)}
-    report["arms"][options.arm] = {"server": {"engine": engine, "log": facts, **commands}}
-    report["rows"].append(results.full_row(report, options.arm, "server", row))
-    print(results.one_line(report["rows"][0]))
-    results.write_json(options.results / f"{name}.json", report)
-    results.update_summary(options.results / "summary.json", report["rows"])
+    yield {"log": results.facts_of_log(log.read_text(errors="replace"))}
+
+
+def run(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    report = start_report(options, COMMON, [workload(options)])
+    for left, arm_name in zip(range(len(options.arms), 0, -1), options.arms, strict=True):
+        args = server_args(ARMS[arm_name], options)
+        record = serving_run.new_engine(report, arm_name, "server", args)
+        name = f"{report['run_id']}-{arm_name}-server"
+        seconds = (options.seconds - (time.monotonic() - started)) / left
+        updates = run_arm(ARMS[arm_name], args, name, options, seconds)
+        serving_run.keep(report, arm_name, record, updates, options.results)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="directory made by synthetic.py")
-    parser.add_argument("--arm", choices=tuple(ARMS), required=True)
-    parser.add_argument("--pool-gib", type=float, required=True)
-    parser.add_argument("--input-len", type=int, default=1024)
-    parser.add_argument("--output-len", type=int, default=512)
-    parser.add_argument("--num-prompts", type=int, default=256)
-    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--arms", type=names_of(ARMS), default=["bf16", "dms"])
+    parser.add_argument("--pool-gib", type=float, required=True, help="KV pool of every arm")
+    parser.add_argument("--input-len", type=int, default=8192)
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--concurrency", type=integers, default=[1, 32, 64])
+    parser.add_argument("--rounds", type=int, default=2, help="prompts for each concurrent request")
     parser.add_argument("--rate", default="inf", help="requests per second")
     parser.add_argument("--max-requests", type=int, default=1024, help="max_num_seqs")
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--dms", type=json.loads, default={}, help='"dms" of --additional-config')
     parser.add_argument("--eager", action="store_true", help="no compilation, no graphs")
-    parser.add_argument("--seconds", type=float, default=560)
+    parser.add_argument("--seconds", type=float, default=560, help="time for the whole run")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--run-id")
-    parser.add_argument("--commit", help="where there is no .git to ask")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--logs", type=Path, default=Path("/tmp/vllm-dms-bench"))
-    return parser.parse_args(argv)
+    add_report_options(parser)
+    return with_results(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     run(parse_args())

@@ -3,30 +3,27 @@
     python benchmarks/synthetic.py Qwen3-8B --out /tmp/qwen3-8b
     python benchmarks/bench_serving.py --model /tmp/qwen3-8b --arms bf16,dms --pool-gib 110
 
-Each arm is a process of its own (`--worker`), so that none sees another's CUDA context. Results
-are written after every measurement: RESULTS/<run_id>.json, and RESULTS/summary.json with the latest
-run of every workload. README.md beside this says what the workloads are.
+Results are written after every measurement: RESULTS/<run_id>.json, and RESULTS/summary.json with
+the latest run of every workload. README.md beside this says what the workloads are.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import serving_results as results
-from serving_workloads import WORKLOADS, Plan
+import serving_run
+from serving_plan import WORKLOADS, Plan
+from serving_process import end_on_sigterm, run_engine
 
 HERE = Path(__file__).resolve().parent
 GIB = 1 << 30
-SHUTDOWN_SECONDS = 15
 FULL_REASON_REQUESTS = 256
+# Options that all parts of a run have in common.
+COMMON = ("pool_gib", "levels", "max_requests", "chunk", "steps", "reason_requests", "one_engine",
+          "dms", "eager", "unit", "seed")  # fmt: skip
 # vLLM captures graphs up to 512 requests. More are run here, so all arms get these as well.
 WIDE_BATCHES = range(576, 1025, 64)
 
@@ -104,105 +101,40 @@ def plans(options: argparse.Namespace) -> list[tuple[str, Plan, int]]:
     return chosen
 
 
-def run_engine(name: str, spec: dict[str, Any], plugin: bool, logs: Path, seconds: float):
-    """Runs one arm's engine in a child; yields what it writes, as it appears."""
-    records, log = logs / f"{name}.jsonl", logs / f"{name}.log"
-    records.write_text("")
-    spec |= {"records": str(records), "seconds": seconds - SHUTDOWN_SECONDS}
-    deadline = time.monotonic() + seconds
-    child = start_group([sys.executable, __file__, "--worker", json.dumps(spec)], plugin, log)
-    with records.open() as reader:
-        try:
-            while True:
-                code = child.poll()
-                lines = [json.loads(line) for line in reader]
-                yield from lines
-                if any("end" in line for line in lines):
-                    break
-                if code is not None:
-                    yield {"error": f"exit code {code}: {results.first_error(log)}"}
-                    break
-                if time.monotonic() > deadline:
-                    yield {"error": "killed: it did not end in time"}
-                    break
-                time.sleep(0.5)
-        finally:
-            stop_group(child)
-    yield {"log": results.facts_of_log(log.read_text(errors="replace"))}
-
-
-def start_group(command: list[str], plugin: bool, log: Path) -> subprocess.Popen:
-    """A process group of its own. Stock arms run without the plugin: "" allows none at all."""
-    env = os.environ | {"VLLM_PLUGINS": "dms" if plugin else ""}
-    with log.open("w") as file:
-        return subprocess.Popen(
-            command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-def stop_group(child: subprocess.Popen) -> None:
-    """End the child and the engine core that it started."""
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, sig)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5.0)
-
-
-def work(spec: dict[str, Any]) -> None:
-    """The child: one engine, all workloads of its plan."""
-    start = time.monotonic()
-    records = Path(spec["records"])
-
-    def write(record: dict[str, Any]) -> None:
-        with records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    from serving_driver import Driver, OutOfTimeError
-    from serving_workloads import Bench
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    args = EngineArgs(**spec["engine"], disable_log_stats=False)
-    engine = LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
-    facts = results.facts_of_engine(engine.vllm_config)
-    write({"engine": facts | {"startup_seconds": round(time.monotonic() - start, 1)}})
-    vocab_size = engine.model_config.get_vocab_size()
-    driver = Driver(engine, vocab_size, spec["seed"], deadline=start + spec["seconds"])
-    bench = Bench(driver, Plan(**spec["plan"]), facts["pool_tokens"])
-    try:
-        for row in bench.run():
-            write({"row": row})
-    except OutOfTimeError:
-        write({"error": "out of time: the workloads that are missing were not measured"})
-    write({"end": {"seconds": round(time.monotonic() - start, 1), **results.gpu_memory()}})
+def start_report(
+    options: argparse.Namespace, common: tuple[str, ...], workloads: list[str]
+) -> dict[str, Any]:
+    """A new run, or the next part of one."""
+    settings = {name: vars(options)[name] for name in common}
+    report = serving_run.new_report(options.run_id, options.commit, options.model, settings)
+    if options.earlier:
+        new = {(arm, workload) for arm in options.arms for workload in workloads}
+        report = serving_run.continued(options.earlier, report, new)
+    options.results.mkdir(parents=True, exist_ok=True)
+    options.logs.mkdir(parents=True, exist_ok=True)
+    return report
 
 
 def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    report = results.new_report(options.run_id, options.commit, options.model)
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.logs.mkdir(parents=True, exist_ok=True)
+    report = start_report(options, COMMON, options.workloads)
     engines = [(*plan, arm) for plan in plans(options) for arm in options.arms]
     for left, (group, plan, pool, arm_name) in zip(
         range(len(engines), 0, -1), engines, strict=True
     ):
         arm = ARMS[arm_name]
         args = engine_args(arm, options.model, plan, pool, options)
-        spec = {"engine": args, "plan": asdict(plan), "seed": options.seed}
-        record = report["arms"].setdefault(arm_name, {})[group] = {"args": args}
+        record = serving_run.new_engine(report, arm_name, group, args)
+        spec = {
+            "engine": args,
+            "measure": "serving_workloads",
+            "plan": asdict(plan),
+            "seed": options.seed,
+        }
         remaining = options.seconds - (time.monotonic() - started)
         name, seconds = f"{report['run_id']}-{arm_name}-{group}", remaining / left
-        for update in run_engine(name, spec, arm.dms is not None, options.logs, seconds):
-            if "row" in update:
-                report["rows"].append(results.full_row(report, arm_name, group, update["row"]))
-                print(results.one_line(report["rows"][-1]), flush=True)
-            else:
-                record.update(update)
-                print(f"{arm_name} {group} {json.dumps(update)[:400]}", flush=True)
-            results.write_json(options.results / f"{report['run_id']}.json", report)
-        results.update_summary(options.results / "summary.json", report["rows"])
+        updates = run_engine(name, spec, arm.dms is not None, options.logs, seconds)
+        serving_run.keep(report, arm_name, record, updates, options.results)
 
 
 def names_of(choices) -> Any:
@@ -241,15 +173,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no compilation, no graphs")
     parser.add_argument("--unit", type=int, default=1024, help='tokens in a "k"; for rehearsals')
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    parser.add_argument("--run-id")
+    add_report_options(parser)
+    return with_results(parser.parse_args(argv))
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Where a run comes from, and where it goes."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run-id", help="default: the time")
+    which.add_argument("--continue", dest="earlier", type=Path, metavar="RUN_ID.json", help="add "
+                       "arms or workloads to this run, on the same machine")  # fmt: skip
     parser.add_argument("--commit", help="where there is no .git to ask")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, help="directory; default: that of the run which is "
+                        "continued, else results/ here")  # fmt: skip
     parser.add_argument("--logs", type=Path, default=Path("/tmp/vllm-dms-bench"))
-    return parser.parse_args(argv)
+
+
+def with_results(options: argparse.Namespace) -> argparse.Namespace:
+    if options.results is None:
+        options.results = options.earlier.parent if options.earlier else HERE / "results"
+    return options
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(json.loads(sys.argv[2]))
-    else:
-        run(parse_args())
+    end_on_sigterm()
+    run(parse_args())

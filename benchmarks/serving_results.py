@@ -3,11 +3,8 @@
 import argparse
 import json
 import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,14 +21,23 @@ def _output_of(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def git_commit(path: Path) -> str | None:
+    """Of the plugin and of the benchmarks; their results may differ."""
     commit = _output_of("git", "rev-parse", "--short=10", "HEAD", cwd=path)
-    changed = _output_of("git", "status", "--porcelain", "--", "../vllm_dms", ".", cwd=path)
+    code = ("../vllm_dms", ".", ":!results")
+    changed = _output_of("git", "status", "--porcelain", "--", *code, cwd=path)
     return f"{commit}+changes" if commit and changed else commit
 
 
+def gpu_facts() -> dict[str, str | None]:
+    """Of the first GPU: the one that the benchmarks use."""
+    query = "--query-gpu=name,uuid,driver_version"
+    gpus = _output_of("nvidia-smi", query, "--format=csv,noheader")
+    values = gpus.splitlines()[0].split(", ") if gpus else ["none (CPU)", None, None]
+    return dict(zip(("gpu", "gpu_uuid", "driver"), values, strict=True))
+
+
 def gpu_name() -> str:
-    names = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return names.splitlines()[0] if names else "none (CPU)"
+    return gpu_facts()["gpu"] or ""
 
 
 def gpu_memory() -> dict[str, int]:
@@ -46,21 +52,14 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def new_report(run_id: str | None, commit: str | None, model: Path) -> dict[str, Any]:
-    """One run's JSON, still without results. ``commit``: for a copy of the tree without .git."""
-    now = datetime.now(UTC)
-    return {
-        "run_id": run_id or now.strftime("%Y%m%d-%H%M%S"),
-        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit or git_commit(Path(__file__).parent),
-        "gpu": gpu_name(),
-        "versions": {name: version_of(name) for name in ("vllm", "vllm-dms", "torch", "triton")},
-        "model": json.loads((model / "dms" / "synthetic.json").read_text()),
-        "weights_dtype": "bfloat16",
-        "arms": {},
-        "rows": [],
-    }
+def model_facts(model: Path) -> dict[str, Any]:
+    """Of a directory made by synthetic.py, or of any DMS checkpoint."""
+    made = model / "dms" / "synthetic.json"
+    if made.exists():
+        return json.loads(made.read_text())
+    config = json.loads((model / "config.json").read_text())
+    names = {"layers": "num_hidden_layers", "window": "dms_window_size"}
+    return {"shape": model.resolve().name} | {k: config.get(v) for k, v in names.items()}
 
 
 def facts_of_engine(config: Any) -> dict[str, Any]:
@@ -107,37 +106,6 @@ def first_error(log: Path) -> str:
     """The exception that came first: later ones say that a process is gone."""
     found = re.search(r"\w+Error: .+", log.read_text(errors="replace"))
     return found.group()[:400] if found else f"see {log.name}"
-
-
-def full_row(report: dict[str, Any], arm: str, group: str, row: Row) -> Row:
-    engine = report["arms"][arm][group].get("engine", {})
-    return {
-        "run_id": report["run_id"],
-        "arm": arm,
-        **row,
-        "gpu": report["gpu"],
-        "commit": report["commit"],
-        "date": report["date"],
-        "vllm": report["versions"]["vllm"],
-        "torch": report["versions"]["torch"],
-        "weights_dtype": report["weights_dtype"],
-        "pool_bytes": engine.get("pool_bytes"),
-        "model": report["model"]["shape"],
-        "layers": report["model"]["layers"],
-        "dms_window": report["model"]["window"],
-        "dialect": report["model"]["dialect"],
-        "rates": report["model"]["rates"],
-        "mean_keep": report["model"]["mean_keep"],
-        "cudagraphs": engine.get("cudagraphs"),
-        "command": report["command"],
-    }
-
-
-def one_line(row: Row) -> str:
-    figures = ("concurrency", "decode_tok_s", "prefill_tok_s", "requests_held", "preemptions",
-               "live_compression", "context")  # fmt: skip
-    parts = [f"{name}={row[name]:.5g}" for name in figures if row.get(name) is not None]
-    return f"{row['arm']:12}{row['workload']:14}{' '.join(parts)}"
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -1,58 +1,17 @@
-"""The workloads, each a few lines over `serving_driver.Driver`. Every one yields rows of results.
-
-Lengths count in units of ``unit`` tokens, 1024 but in rehearsals: "8k" is 8 units.
-"""
+"""The workloads, each a few lines over `serving_driver.Driver`; every one yields rows."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
-from serving_driver import Driver, OutOfTimeError, Request, Window, quiet_tail
+from serving_driver import Driver, OutOfTimeError, Request, Step, Window, quiet_tail
+from serving_plan import FIGURES, PREFILL_UNITS, QUIET_STEPS, Plan
 
 PREFILL_REPEATS = {"prefill-8k": 8, "prefill-32k": 3, "prefill-128k": 1}
-PREFILL_UNITS = {"prefill-8k": 8, "prefill-32k": 32, "prefill-128k": 128}
 PROBE_TOKENS = 4  # generated after a measured prompt, so that its report arrives before its end
-QUIET_STEPS = 8  # quiet steps after which the engine has admitted what it will
 MEASURING_SECONDS = 30.0  # kept back for what comes after the pool was filled
-# Rows have these; a figure that does not apply is None.
-FIGURES = (
-    "concurrency",
-    "decode_tok_s",
-    "prefill_tok_s",
-    "requests_held",
-    "preemptions",
-    "live_compression",
-)
-WORKLOADS = ("decode-8k", "saturated-8k", "capacity-8k", *PREFILL_UNITS, "reason-1k-8k")
-
-
-@dataclass
-class Plan:
-    """What to run in one engine."""
-
-    workloads: list[str]
-    levels: list[int]  # of decode-8k
-    window_steps: int  # of decode measurements
-    max_requests: int  # max_num_seqs
-    chunk: int  # max_num_batched_tokens
-    unit: int = 1024
-    reason_requests: int = 64
-
-    @property
-    def output_limit(self) -> int:
-        """Tokens after which a request of decode-8k or saturated-8k would end: after the window."""
-        ramp = math.ceil(self.max_requests * 8 * self.unit / self.chunk)
-        return ramp + (len(self.levels) + 4) * (self.window_steps + 2 * QUIET_STEPS)
-
-    @property
-    def max_model_len(self) -> int:
-        lengths = [PREFILL_UNITS[w] * self.unit + 64 for w in self.workloads if w in PREFILL_UNITS]
-        if {"decode-8k", "saturated-8k", "capacity-8k"} & set(self.workloads):
-            lengths.append(8 * self.unit + self.output_limit)
-        if "reason-1k-8k" in self.workloads:
-            lengths.append(9 * self.unit)
-        return max(lengths)
 
 
 @dataclass
@@ -64,7 +23,6 @@ class Bench:
     pool_tokens: int  # tokens that the pool holds if all are kept
     live_compression: float | None = None  # of 8k prompts, measured; None: a dense cache
     live_tokens: float | None = None
-    ramp_preemptions: int = field(default=0)
 
     def run(self) -> Iterator[dict[str, Any]]:
         wanted = self.plan.workloads
@@ -134,7 +92,7 @@ class Bench:
 
     def pool_is_full(self) -> bool:
         steps = self.driver.steps
-        return steps[-1].waiting > 0 and quiet_tail(steps) >= QUIET_STEPS
+        return bool(steps) and steps[-1].waiting > 0 and quiet_tail(steps) >= QUIET_STEPS
 
     def decode(self) -> dict[str, Any]:
         """The admitted requests decode, and nothing else happens."""
@@ -220,6 +178,8 @@ class Bench:
         try:
             driver.run_to_end()
         except OutOfTimeError:
+            if not any(r.generated for r in requests):
+                raise
             complete = False
         steps = driver.steps[start:]
         begin = min(r.scheduled for r in requests if r.scheduled is not None)
@@ -229,14 +189,31 @@ class Bench:
             "reason-1k-8k",
             concurrency=plan.reason_requests,
             decode_tok_s=generated / (steps[-1].time - begin),
-            requests_held=max(s.running for s in steps),
-            preemptions=sum(s.preemptions for s in steps),
+            requests_held=held_when_full(steps, plan.reason_requests),
+            mean_running=round(mean_running(steps), 1),
+            preemptions=sum(s.preemptions for s in steps) + driver.preempted_now(),
             live_compression=compression,
             live_tokens=live,
             complete=complete,
+            finished=sum(r.finished for r in requests),
             generated=generated,
             seconds=round(steps[-1].time - begin, 2),
         )
+
+
+def held_when_full(steps: list[Step], count: int) -> int:
+    """Fewest of the ``count`` requests that ran while others waited, from when most ran to the
+    first end of one: what the pool holds of the longest contexts. If none waited, all that ran."""
+    most = max(step.running for step in steps)
+    peak = next(i for i, step in enumerate(steps) if step.running == most)
+    full = [s.running for s in steps[peak:] if s.waiting and s.running + s.waiting == count]
+    return min(full, default=most)
+
+
+def mean_running(steps: list[Step]) -> float:
+    """Over time, not over steps."""
+    area = sum(a.running * (b.time - a.time) for a, b in pairwise(steps))
+    return area / (steps[-1].time - steps[0].time)
 
 
 def live_of(requests: list[Request]) -> tuple[float | None, float | None]:
@@ -246,3 +223,8 @@ def live_of(requests: list[Request]) -> tuple[float | None, float | None]:
         return None, None
     live = sum(r["live_tokens"] for r in reports)
     return sum(r["dense_tokens"] for r in reports) / live, live / len(reports)
+
+
+def measure(driver: Driver, plan: dict[str, Any], facts: dict[str, Any]) -> Iterator[dict]:
+    """What `serving_process` runs; ``facts`` are the engine's."""
+    yield from Bench(driver, Plan(**plan), facts["pool_tokens"]).run()

@@ -1,0 +1,130 @@
+"""A run's JSON: how it begins, how it goes on in a later command, and how it is filled."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import serving_results as results
+
+Row = dict[str, Any]
+
+
+def new_report(
+    run_id: str | None, commit: str | None, model: Path, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """One run's JSON, still without results. ``commit``: for a copy of the tree without .git;
+    ``settings``: what all arms have in common."""
+    now = datetime.now(UTC)
+    part = {
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    return {
+        "run_id": run_id or now.strftime("%Y%m%d-%H%M%S"),
+        "parts": [part],
+        "commit": commit or results.git_commit(Path(__file__).parent),
+        **results.gpu_facts(),
+        "versions": {
+            name: results.version_of(name) for name in ("vllm", "vllm-dms", "torch", "triton")
+        },
+        "model": results.model_facts(model),
+        "weights_dtype": "bfloat16",
+        "settings": json.loads(json.dumps(settings)),
+        "arms": {},
+        "rows": [],
+    }
+
+
+# What makes parts one run: one machine, one code, one load.
+SAME_IN_ALL_PARTS = (
+    "gpu", "gpu_uuid", "driver", "versions", "commit", "model", "weights_dtype", "settings",
+)  # fmt: skip
+
+
+def continued(path: Path, report: dict[str, Any], new: set[tuple[str, str]]) -> dict[str, Any]:
+    """The run at ``path`` with the part that ``report``, made just now, begins. ``new``: the arms
+    and workloads that it will measure."""
+    earlier = json.loads(path.read_text())
+    for name in SAME_IN_ALL_PARTS:
+        if name not in earlier:
+            raise ValueError(
+                f"{path} does not say its {name!r}, so nothing can be compared with it. Measure "
+                "all arms in a new run."
+            )
+        if earlier[name] != report[name]:
+            raise ValueError(
+                f"{path} has {_difference(name, earlier[name], report[name])} here. Arms of one "
+                "run have all this in common: correct it, or measure all arms in a new run."
+            )
+    measured = {(row["arm"], row["workload"]) for row in earlier["rows"]} & new
+    if measured:
+        raise ValueError(
+            f"{path} already has rows of {sorted(measured)}. Leave them out, or start a new run."
+        )
+    return earlier | {"parts": earlier["parts"] + report["parts"]}
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """The first value that differs, by its path."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return _difference(f"{name}.{key}", old.get(key), new.get(key))
+    return f"{name} {str(old)[:80]!r}, but it is {str(new)[:80]!r}"
+
+
+def new_engine(report: dict[str, Any], arm: str, group: str, args: Any) -> dict[str, Any]:
+    """Enter an engine that is about to start; returns its record, to be filled."""
+    engines = report["arms"].setdefault(arm, {})
+    name = group if group not in engines else f"{group}-{len(engines) + 1}"
+    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    engines[name] = {"started": started, "args": args}
+    return engines[name]
+
+
+def full_row(report: dict[str, Any], arm: str, record: dict[str, Any], row: Row) -> Row:
+    """``record``: of the engine that gave the row"""
+    engine, part = record.get("engine", {}), report["parts"][-1]
+    return {
+        "run_id": report["run_id"],
+        "arm": arm,
+        **row,
+        **{name: report[name] for name in ("gpu", "gpu_uuid", "driver", "commit")},
+        "date": part["date"],
+        "vllm": report["versions"]["vllm"],
+        "torch": report["versions"]["torch"],
+        "weights_dtype": report["weights_dtype"],
+        "pool_bytes": engine.get("pool_bytes"),
+        "model": report["model"]["shape"],
+        "layers": report["model"]["layers"],
+        "dms_window": report["model"]["window"],
+        **{name: report["model"].get(name) for name in ("dialect", "rates", "mean_keep")},
+        "cudagraphs": engine.get("cudagraphs"),
+        "command": part["command"],
+    }
+
+
+def keep(
+    report: dict[str, Any], arm: str, record: dict[str, Any], updates: Iterable[Row], to: Path
+) -> None:
+    """Write down what an engine yields, as it comes; its rows enter the summary at its end."""
+    for update in updates:
+        if "row" in update:
+            report["rows"].append(full_row(report, arm, record, update["row"]))
+            print(one_line(report["rows"][-1]), flush=True)
+        else:
+            record.update(update)
+            print(f"{arm} {json.dumps(update)[:400]}", flush=True)
+        results.write_json(to / f"{report['run_id']}.json", report)
+    results.update_summary(to / "summary.json", report["rows"])
+
+
+def one_line(row: Row) -> str:
+    figures = ("concurrency", "decode_tok_s", "prefill_tok_s", "requests_held", "preemptions",
+               "live_compression", "context")  # fmt: skip
+    parts = [f"{name}={row[name]:.5g}" for name in figures if row.get(name) is not None]
+    return f"{row['arm']:12}{row['workload']:14}{' '.join(parts)}"

@@ -1,18 +1,20 @@
 """README's results table and its plot, from results/summary.json.
 
-    python benchmarks/report.py            # rewrites README.md and results/serving.png
-    python benchmarks/report.py --check    # fails if either is not what the rows say
+    python benchmarks/report.py            # rewrites README.md, the other one here, and the plot
+    python benchmarks/report.py --check    # fails if one of them is not what the rows say
 
-Facts and ratios only. A ratio compares two rows of one run. A row that loses stays.
+Facts and ratios only. A ratio compares two rows of one run. A row that loses stays. Rows of
+bench_server.py have a table of their own, in benchmarks/README.md.
 """
 
 import argparse
-import hashlib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from report_plot import plot, plot_is_current
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -36,8 +38,6 @@ WORKLOADS = {
     "reason-1k-8k": ("1K in, 8K out, concurrency {c}", "decode_tok_s", "tok/s"),
 }
 WORKLOADS_AT_8K = ("decode-8k", "saturated-8k", "capacity-8k", "prefill-8k")
-PLOT_HASH = "vllm-dms-rows"  # key in the PNG of the hash of the rows it shows
-
 SERVE = re.compile(r"serve-(\d+)-(\d+)")  # bench_server.py's, named after its lengths
 
 Row = dict[str, Any]
@@ -100,8 +100,13 @@ def cell(row: Row | None) -> str:
     notes = []
     if row["workload"] == "saturated-8k":
         notes.append(f"{row['concurrency']} requests")
+    held = row["requests_held"]
+    if row["workload"] == "reason-1k-8k" and held and held < row["concurrency"]:
+        notes.append(f"{held} held")
     if row["preemptions"]:
-        notes.append(f"{row['preemptions']} preempted")
+        notes.append(f"{row['preemptions']:,} preempted")
+    if row.get("mean_tpot_ms"):
+        notes.append(f"{row['mean_tpot_ms']:.1f} ms/token")
     if row.get("complete") is False:
         notes.append("cut short")
     return f"{value:,.0f}" + (f" ({', '.join(notes)})" if notes else "")
@@ -163,88 +168,36 @@ def with_section(readme: str, section: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}, between which results go.")
+        raise ValueError(f"a README lacks the lines {BEGIN} and {END}, between which results go.")
     return f"{before}{BEGIN}\n{section}{END}{after}"
-
-
-def rows_hash(rows: list[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Decode throughput against concurrency, the full pool as its last point; requests held."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure_, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained"
-    )
-    for i, (arm, name) in enumerate(ARM_NAMES.items()):
-        label = name.replace("`", "")
-        points = sorted(
-            (row["concurrency"], row["decode_tok_s"])
-            for row in newest(rows, arm, ("decode-8k", "saturated-8k"))
-            if row["decode_tok_s"] is not None
-        )
-        if points:
-            left.plot(*zip(*points, strict=True), marker="o", color=f"C{i}", label=label)
-        for row in newest(rows, arm, ("capacity-8k",)):
-            held = row["requests_held"] or 0
-            right.bar(label.replace(", ", "\n"), held, color=f"C{i}")
-            right.text(label.replace(", ", "\n"), held, f"{held:,}", ha="center", va="bottom")
-    left.set(xscale="log", yscale="log", xlabel="requests decoding at a context of 8K",
-             ylabel="tokens/s", title="Decode throughput; last point: pool full")  # fmt: skip
-    right.set(title="Requests of 8K held at once")
-    if left.has_data():
-        left.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure_.savefig(path, dpi=120, metadata={"Software": None, PLOT_HASH: rows_hash(rows)})
-    pyplot.close(figure_)
-
-
-def newest(rows: list[Row], arm: str, workloads: tuple[str, ...]) -> list[Row]:
-    """The arm's rows of the workloads, each from the newest run that has it."""
-    mine = [row for row in rows if row["arm"] == arm and row["workload"] in workloads]
-    last: dict[str, str] = {}
-    for row in mine:
-        last[row["workload"]] = max(last.get(row["workload"], ""), row["run_id"])
-    return [row for row in mine if row["run_id"] == last[row["workload"]]]
-
-
-def plot_is_current(rows: list[Row], path: Path) -> bool:
-    from PIL import Image
-
-    if not path.exists():
-        return False
-    with Image.open(path) as image:
-        return image.info.get(PLOT_HASH) == rows_hash(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--summary", type=Path, default=HERE / "results" / "summary.json")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--served-readme", type=Path, default=HERE / "README.md")
     parser.add_argument("--plot", type=Path, default=HERE / "results" / "serving.png")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
     args = parser.parse_args(argv)
     rows = json.loads(args.summary.read_text()) if args.summary.exists() else []
-    old = args.readme.read_text()
-    new = with_section(old, results_section(rows))
+    served = [row for row in rows if SERVE.fullmatch(row["workload"])]
+    rows = [row for row in rows if row not in served]
+    pages = {
+        path: with_section(path.read_text(), results_section(of_page))
+        for path, of_page in ((args.readme, rows), (args.served_readme, served))
+    }
     if args.check:
-        stale = [str(args.readme)] if new != old else []
+        stale = [str(path) for path, text in pages.items() if path.read_text() != text]
         if rows and not plot_is_current(rows, args.plot):
             stale.append(str(args.plot))
         if stale:
             print(f"stale: {', '.join(stale)}. Run: python benchmarks/report.py", file=sys.stderr)
         return 1 if stale else 0
-    args.readme.write_text(new)
+    for path, text in pages.items():
+        path.write_text(text)
     if rows:
-        plot(rows, args.plot)
+        plot(rows, ARM_NAMES, args.plot)
     return 0
 
 

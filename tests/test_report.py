@@ -54,10 +54,11 @@ def test_preemptions_and_unfinished_runs_are_shown():
     rows = [
         row("bf16", "saturated-8k", concurrency=90, decode_tok_s=5.0, preemptions=3),
         row("dms", "reason-1k-8k", concurrency=64, decode_tok_s=7.0, complete=False),
+        row("bf16", "reason-1k-8k", concurrency=64, decode_tok_s=2.0, requests_held=20),
     ]
     saturated, reason = lines(rows)
     assert "5 (90 requests, 3 preempted)" in saturated
-    assert "7 (cut short)" in reason
+    assert "7 (cut short)" in reason and "2 (20 held)" in reason
 
 
 def test_lines_are_sorted_by_workload_then_concurrency():
@@ -98,17 +99,22 @@ def test_without_rows_the_section_is_empty(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
     missing = ["--summary", str(tmp_path / "none.json"), "--readme", str(readme)]
+    missing += ["--served-readme", str(readme)]
     assert report.main([*missing, "--check"]) == 0
 
 
 @pytest.fixture
 def paths(tmp_path):
-    readme, summary, plot = (tmp_path / n for n in ("README.md", "summary.json", "serving.png"))
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    names = ("README.md", "summary.json", "serving.png", "served.md")
+    readme, summary, plot, served = (tmp_path / name for name in names)
+    for page in (readme, served):
+        page.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
     rows = [row("bf16", decode_tok_s=10.0), row("dms", decode_tok_s=30.0)]
     rows.append(row("dms", "capacity-8k", requests_held=5))
+    rows.append(row("dms", "serve-8-4", decode_tok_s=7.0, mean_tpot_ms=8.04, run_id="r2"))
     summary.write_text(json.dumps(rows))
-    return ["--readme", str(readme), "--summary", str(summary), "--plot", str(plot)]
+    return ["--readme", str(readme), "--summary", str(summary), "--plot", str(plot),
+            "--served-readme", str(served)]  # fmt: skip
 
 
 def test_check_fails_until_the_report_was_made_and_after_a_change(paths):
@@ -120,6 +126,16 @@ def test_check_fails_until_the_report_was_made_and_after_a_change(paths):
     assert report.main([*paths, "--check"]) == 0
     summary = Path(paths[3])
     summary.write_text(summary.read_text().replace("30.0", "31.0"))
+    assert report.main([*paths, "--check"]) == 1
+
+
+def test_rows_of_the_server_have_a_page_of_their_own(paths):
+    pytest.importorskip("matplotlib")
+    report.main(paths)
+    readme, served = (Path(paths[i]).read_text() for i in (1, 7))
+    assert "bench serve" not in readme and "r2" not in readme
+    assert "| 7 (8.0 ms/token) |" in served and "capacity" not in served
+    Path(paths[7]).write_text(served.replace("7 (", "9 ("))
     assert report.main([*paths, "--check"]) == 1
 
 

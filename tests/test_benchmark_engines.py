@@ -1,19 +1,25 @@
-"""Engines that the benchmarks start: through vLLM's own server and client, and in rehearsals."""
+"""Engines that the benchmarks start: through vLLM's own server and client, in whole rehearsals, and
+with clocks around their steps."""
 
 import argparse
 import json
 import socket
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench_overhead
 import bench_server
 import bench_serving
+import engine_overhead
 import synthetic
 from shapes import SHAPES
 
+ROOT = Path(__file__).parents[1]
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 
@@ -52,6 +58,39 @@ def test_a_server_that_does_not_start_says_why(monkeypatch, tmp_path):
     args = {"kv_cache_memory_bytes": 1}
     *_, error, log = bench_server.run_arm(bench_serving.ARMS["bf16"], args, "x", chosen, 60)
     assert "did not start: ValueError: no such flag" in error["error"] and "log" in log
+
+
+def test_host_times_are_those_of_the_last_steps(monkeypatch):
+    now = iter(range(1000))
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(time, clock, lambda: next(now) * 1e-6)
+    methods = engine_overhead.METHODS.values()
+    part = SimpleNamespace(**dict.fromkeys([method for _, method in methods], lambda: None))
+    core = SimpleNamespace(scheduler=part, model_executor=part, step_fn=lambda: None)
+    clocks = engine_overhead.watch_engine(core, dms=False)
+    for _ in range(3):
+        for owner, method in methods:
+            getattr(getattr(core, owner) if owner else core, method)()
+    figures = clocks.figures(2)
+    assert figures["cpu_us"]["host"] == 4 * figures["cpu_us"]["schedule"] > 0
+    more = {s: {n: t + 5 for n, t in figures[s].items()} for s in engine_overhead.STATISTICS}
+    (added,) = engine_overhead.added({"bf16": {16: figures, 128: figures}, "dms": {16: more}})
+    assert added["running"] == 16 and set(added["wall_us"].values()) == {5}
+
+
+def test_host_times_of_whole_engines(monkeypatch, tmp_path):
+    model = str(ROOT / "vllm_dms" / "assets" / "tiny")
+    flags = ["--engine", "--model", model, "--pool-gib", "0.05", "--prompt", "80", "--eager"]
+    flags += ["--running", "4", "2", "--steps", "5", "--logs", str(tmp_path)]
+    result = engine_overhead.measure_all(bench_overhead.parse_args(flags))
+    assert not [engine["error"] for engine in result["engines"].values() if "error" in engine]
+    assert [(r["arm"], r["running"]) for r in result["rows"]] == [
+        ("bf16", 2), ("bf16", 4), ("dms", 2), ("dms", 4)
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert 0 < row["wall_us"]["host"] <= row["wall_us"]["step"]
+    assert result["rows"][-1]["cpu_us"]["dms_metadata"] > 0
+    assert [a["running"] for a in result["added"]] == [2, 4]
 
 
 @pytest.fixture(scope="module")

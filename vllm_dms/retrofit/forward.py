@@ -17,7 +17,8 @@ from vllm_dms.config import DMSConfig
 
 from .gates import Gate, keep_all
 
-# Queries per masked attention call: bounds the mask to (B, H, QUERY_CHUNK, T).
+# Queries per masked attention call: bounds the mask to (B, H, QUERY_CHUNK, T), its gradient to
+# (B, Hq, QUERY_CHUNK, T).
 QUERY_CHUNK = 1024
 
 
@@ -41,29 +42,29 @@ def attention(
 ) -> torch.Tensor:
     """q (B, Hq, T, D); k, v (B, H, T, D); log_keep (B, H, T) by key, None: causal only
     -> (B, Hq, T, D)."""
-    group, tokens = q.shape[1] // k.shape[1], q.shape[2]
-    # One call per member of the group: k, v and the mask are shared without being repeated.
-    members = [q[:, g::group] for g in range(group)]
+    batch, kv_heads, tokens, _ = k.shape
+    group = q.shape[1] // kv_heads
+    # A KV head of a sequence is a sequence of its own whose heads are the group: they share a mask
+    # without its being repeated, and in one call, so that all query heads keep a GPU busy.
+    q = q.unflatten(1, (kv_heads, group)).flatten(0, 1)
+    k, v = (x.flatten(0, 1).unsqueeze(1).repeat(1, group, 1, 1) for x in (k, v))
     if log_keep is None:
-        outs = [F.scaled_dot_product_attention(m, k, v, is_causal=True) for m in members]
-        return torch.stack(outs, 2).flatten(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.unflatten(0, (batch, kv_heads)).flatten(1, 2)
     log_keep = log_keep.to(q.dtype)
     if log_keep.requires_grad and not q.requires_grad:
         # CUDA kernels keep what the mask's gradient needs only if queries want one, too.
         q = q.detach().requires_grad_()
-        members = [q[:, g::group] for g in range(group)]
     chunks = []
     for start in range(0, tokens, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, tokens)
-        mask = visibility(log_keep, window, start, stop)
-        outs = [
+        mask = visibility(log_keep, window, start, stop).flatten(0, 1).unsqueeze(1)
+        chunks.append(
             F.scaled_dot_product_attention(
-                m[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], attn_mask=mask
+                q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], attn_mask=mask
             )
-            for m in members
-        ]
-        chunks.append(torch.stack(outs, 2).flatten(1, 2))
-    return torch.cat(chunks, 2)
+        )
+    return torch.cat(chunks, 2).unflatten(0, (batch, kv_heads)).flatten(1, 2)
 
 
 def rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:

@@ -52,7 +52,7 @@ def dense(tmp_path_factory):
             path = tmp_path_factory.mktemp(family)
             config_class, model_class = FAMILIES[family]
             torch.manual_seed(0)
-            model_class(config_class(**SIZE, **changes)).save_pretrained(path)
+            model_class(config_class(**(SIZE | changes))).save_pretrained(path)
             vocab = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
             core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocab)}, merges=[]))
             core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

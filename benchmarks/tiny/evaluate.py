@@ -13,6 +13,7 @@ import torch
 
 from vllm_dms.config import DMSConfig
 from vllm_dms.retrofit.checkpoint import load_dms
+from vllm_dms.retrofit.determinism import deterministic
 from vllm_dms.retrofit.forward import forward
 from vllm_dms.retrofit.gates import Gate, RandomEviction, hard, keep_all, window_only
 from vllm_dms.retrofit.losses import live_tokens
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, dms = load_dms(args.model, getattr(torch, args.dtype))
-    report = Evaluation(model.to(device), dms, args.seed, args.length, args.documents).run()
+    with deterministic():
+        report = Evaluation(model.to(device), dms, args.seed, args.length, args.documents).run()
     for name, arm in report.items():
         print(
             f"{name:16} accuracy {arm['needle_accuracy']:.4f} by depth {arm['accuracy_by_depth']} "

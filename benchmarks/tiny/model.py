@@ -164,7 +164,11 @@ def _structured_start(model: Qwen3ForCausalLM, preset: Preset) -> None:
 
 
 def _orthonormal(rows: int, columns: int) -> torch.Tensor:
-    return nn.init.orthogonal_(torch.empty(rows, columns))
+    """fp64 until it is rounded: the order in which a machine's LAPACK adds up does not show."""
+    noise = torch.randn(rows, columns).double()
+    q, r = torch.linalg.qr(noise if rows >= columns else noise.T)
+    q *= r.diagonal().sign()
+    return (q if rows >= columns else q.T).float().contiguous()
 
 
 def _look_back(attn: nn.Module, preset: Preset) -> None:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vllm_dms.retrofit.determinism import deterministic
+
 from . import needles
 from .model import PRESETS, Preset, Stage, build_model
 from .tokenizer import build_tokenizer
@@ -202,7 +204,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=max((os.cpu_count() or 1) - 2, 0), help="that write the text"
     )
     parser.add_argument(
-        "--max-minutes", type=float, default=float("inf"), help="finish within this time"
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        help="finish within this time: the learning rate follows the clock where it runs ahead of "
+        "the steps, so the result depends on it",
     )
     parser.add_argument("--log-every", type=int, default=25, help="steps between log records")
     parser.add_argument(
@@ -216,6 +222,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    with deterministic():
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
     preset = PRESETS[args.preset]
     trainer = DenseTrainer(preset, args.seed, args.out)
     print(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {trainer.device}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, data
+from .determinism import deterministic
 from .plot import plot_log
 from .recipe import Recipe
 from .trainer import LOG, STATE, Trainer
@@ -68,7 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--gradient-checkpointing", action="store_true", help="recompute layers: less memory"
     )
     parser.add_argument(
-        "--max-minutes", type=float, default=float("inf"), help="finish within this time"
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the same seed gives the same file on the same kind of GPU; without, attention's "
+        "gradients take less time, above all if --micro-batch times the query heads is less than "
+        "a GPU's multiprocessors",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        help="finish within this time: schedules follow the clock where it runs ahead of the "
+        "steps, so the result depends on it",
     )
     parser.add_argument("--log-every", type=int, default=10, help="steps between log records")
     parser.add_argument(
@@ -87,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        retrofit(args)
+        with deterministic(args.deterministic):
+            retrofit(args)
     except ValueError as error:
         parser.error(str(error))
 
@@ -96,9 +110,6 @@ def retrofit(args: argparse.Namespace) -> dict:
     """The whole command; -> the final evaluation."""
     from transformers import AutoTokenizer
 
-    # The same seed gives the same weights. Kernels that cannot promise it warn.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wide = recipe.train == "all" or device == "cpu"

@@ -21,8 +21,8 @@ STATE, LOG = "state.pt", "log.jsonl"
 
 
 class Trainer:
-    """Owns model, optimizer and log. A run is a pure function of (model, rows, recipe), however it
-    is interrupted."""
+    """Owns model, optimizer and log. A run without a time limit is a pure function of (model, rows,
+    recipe), however it is interrupted; on a GPU if operations are (see determinism)."""
 
     def __init__(
         self,

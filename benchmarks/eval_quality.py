@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--kv-gib", type=float, default=0.5, help="KV cache of the engine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="where there is no .git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser
 
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     served, rows = controls.run_controls(task, args.dtype)
     rows = engine_rows(task, args) + rows
     stamp = {
-        "commit": commit(),
+        "commit": args.commit or commit(),
         "vllm": engine.version(),
         "device": engine.device(),
         "dtype": args.dtype,

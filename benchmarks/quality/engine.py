@@ -47,6 +47,7 @@ def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> A
         max_model_len=max(task.lengths) + ANSWER_TOKENS,
         enforce_eager=True,
         kv_cache_memory_bytes=int(kv_gib * 2**30),
+        gpu_memory_utilization=0.5,  # must be free at the start: others may use the GPU, too
         max_num_batched_tokens=2048,
         max_num_seqs=16,
         max_logprobs=logprobs,

@@ -242,4 +242,4 @@ def test_the_launcher_refuses_what_the_kernels_cannot_read():
         harness.ops.store(harness.state, batch, harness.config, 0, key, seq.value, seq.alpha)
     harness.ops.max_tokens = 3
     with pytest.raises(ValueError, match="4 tokens exceeds"):
-        harness.ops.decode(harness.state, batch, 0, seq.query, seq.query, 1.0)
+        harness.ops.store(harness.state, batch, harness.config, 0, seq.key, seq.value, seq.alpha)

@@ -10,9 +10,10 @@ import torch
 import triton
 
 from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
-from vllm_dms.backend.kernels.decode import Schedule, decode_kernel, schedule_kernel
+from vllm_dms.backend.kernels.decode import decode_kernel, merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
 from vllm_dms.backend.kernels.report import launch_report
+from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, Schedule, schedule_kernel
 from vllm_dms.backend.kernels.store import (
     store_copy_kernel,
     store_plan_kernel,
@@ -26,8 +27,8 @@ from vllm_dms.config import DMSConfig
 
 LOG2_E = 1.0 / math.log(2.0)
 SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
+FEW_REQUESTS = 2
 PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
-MERGE_ELEMENTS = 8192  # float32 values of partial results that a program holds at once
 
 
 def _check(what: str, found: object, expected: object) -> None:
@@ -38,7 +39,7 @@ def _check(what: str, found: object, expected: object) -> None:
 class TritonOps:
     """`ops.Ops` on a GPU.
 
-    The layers of a step run in order: `decode` of layer 0 shares out the work of all layers.
+    The layers of a step run in order: `store` of layer 0 shares out all layers' work in `decode`.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class TritonOps:
         )
         self.geometry = Geometry(*map(triton.language.constexpr, constants))
         self.head_pad = triton.next_power_of_2(layout.num_kv_heads)
+        # Programmatic dependent launch: a kernel starts up while the one before it runs out.
+        self.overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.launch = {"launch_pdl": True} if self.overlap else {}
         self.schedule = self._allocate_schedule()
 
     def _allocate_schedule(self) -> Schedule:
@@ -95,9 +99,7 @@ class TritonOps:
             row_query=zeros(rows),
             row_state=zeros(rows),
             row_tile=zeros(self.layout.num_layers, rows + 1),
-            first_row=zeros(self.layout.num_layers, programs),
-            num_rows=zeros(1),
-            arrived=zeros(rows),
+            begin=zeros(self.layout.num_layers, programs, BEGIN_FIELDS.value),
             partial=zeros(*parts, self.layout.head_dim, dtype=torch.float32),
             partial_max=zeros(*parts, dtype=torch.float32),
             partial_sum=zeros(*parts, dtype=torch.float32),
@@ -170,10 +172,13 @@ class TritonOps:
         state_args, batch_args = self._state_args(state), self._batch_args(batch)
         geo = self.geometry
         rule = (config.alpha_scale, config.alpha_offset, geo)
+        if layer == 0:
+            self._share_out(state_args, batch_args, batch.num_reqs)
         switches = {"SHIFT": config.shift, "EVICT": config.evict, "enable_fp_fusion": False}
         store_token_kernel[(batch.num_reqs,)](
             key, value, alpha, key.stride(0), value.stride(0), *alpha.stride(),
-            state_args, batch_args, layer, *rule, H_PAD=self.head_pad, **switches,
+            state_args, batch_args, layer, *rule, H_PAD=self.head_pad, OVERLAP=self.overlap,
+            **switches, **self.launch,
         )  # fmt: skip
         if batch.max_query_len == 1:
             return
@@ -248,22 +253,27 @@ class TritonOps:
         heads, tuning, geo = self.layout.num_kv_heads, self.tuning, self.geometry
         self._check_heads("query", query, heads * self.group)
         self._check_heads("output", output, heads * self.group)
-        state_args, schedule = self._state_args(state), self.schedule
-        if layer == 0:
-            schedule_kernel[(self.layout.num_layers,)](
-                state_args, self._batch_args(batch), schedule, batch.num_reqs, geo,
-                BLOCK_N=tuning.decode_block, BLOCK_ROWS=SCHEDULE_ROWS,
-                PROGRAMS_PAD=triton.next_power_of_2(schedule.PROGRAMS),
-                STEPS=schedule.N.bit_length() + 1,
-            )  # fmt: skip
+        schedule = self.schedule
         pad = triton.next_power_of_2(self.group)
-        merge = max(
-            1, min(16, MERGE_ELEMENTS // (pad * triton.next_power_of_2(self.layout.head_dim)))
-        )
+        # Rows of few requests are cut into many parts each: then more of them at once.
+        width = 4 if batch.num_reqs <= FEW_REQUESTS else 1
+        common = {"G": self.group, "OVERLAP": self.overlap, **self.launch}
         decode_kernel[(schedule.PROGRAMS,)](
-            query, output, query.stride(0), output.stride(0), state_args, schedule,
-            layer, scale * LOG2_E, geo,
-            G=self.group, G_PAD=pad, BLOCK_M=max(self.tuning.decode_rows, pad),
-            BLOCK_N=tuning.decode_block, BLOCK_MERGE=merge,
-            num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
+            query, output, query.stride(0), output.stride(0), self._state_args(state), schedule,
+            layer, scale * LOG2_E, geo, **common,
+            BLOCK_M=max(tuning.decode_rows, pad),
+            BLOCK_N=tuning.decode_block, num_warps=tuning.decode_warps,
+            num_stages=tuning.decode_stages,
+        )  # fmt: skip
+        merge_kernel[(schedule.PROGRAMS, self.group)](
+            output, output.stride(0), schedule, layer, geo, **common,
+            BLOCK=width * tuning.merge_block, num_warps=width * tuning.merge_warps,
+        )  # fmt: skip
+
+    def _share_out(self, state: StateArgs, batch: BatchArgs, num_reqs: int) -> None:
+        schedule_kernel[(self.layout.num_layers,)](
+            state, batch, self.schedule, num_reqs, self.geometry,
+            BLOCK_N=self.tuning.decode_block, BLOCK_ROWS=SCHEDULE_ROWS,
+            PROGRAMS_PAD=triton.next_power_of_2(self.schedule.PROGRAMS),
+            STEPS=self.schedule.N.bit_length() + 1,
         )  # fmt: skip

@@ -86,13 +86,29 @@ def page_of(state, geo, row, slot, mask):
 
 
 @triton.jit
-def tile_pages(state, row, live, tile, geo, BLOCK_N: tl.constexpr):
-    """The page of a tile of BLOCK_N slots, or the page of each of its slots."""
+def tile_pages(state, row, tile, geo, BLOCK_N: tl.constexpr):
+    """The page of a tile of BLOCK_N slots, or the page of each of its slots. Any number, not to be
+    followed, where the row holds no such slots."""
     if BLOCK_N <= geo.P:
-        return page_of(state, geo, row, tile * BLOCK_N, tile * BLOCK_N < live)
+        return page_of(state, geo, row, tile * BLOCK_N, tile * BLOCK_N < geo.MAX_PAGES * geo.P)
     else:
         slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        return page_of(state, geo, row, slot, slot < live)
+        return page_of(state, geo, row, slot, slot < geo.MAX_PAGES * geo.P)
+
+
+@triton.jit
+def wait_for_previous_kernel(OVERLAP: tl.constexpr):
+    """In a kernel launched while the one before it still runs (`launch_pdl`): until that one is
+    done, and with it all before it, since none lets the next one start earlier than this."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def allow_next_kernel(OVERLAP: tl.constexpr):
+    """Let the next kernel start up to its `wait_for_previous_kernel`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

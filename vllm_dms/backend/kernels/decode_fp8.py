@@ -12,35 +12,26 @@ from vllm_dms.backend.kernels.common import NO_SCORE, scale_offset, slot_offset,
 
 # Triton's interpreter has no inline assembly.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-UNSCALE = tl.constexpr(256.0)  # what `widen_pairs` leaves out
 
 
 @triton.jit
 def widen_pairs(pairs):
-    """int16 with two e4m3 numbers each -> float16 (low, high), each times 2**-8.
-
-    Moved to where float16 has its exponent and mantissa, an e4m3 number is 2**8 too small, and
-    exact: subnormals too.
-    """
+    """int16 with two e4m3 numbers each -> float16 (low, high)."""
     if INTERPRETED:
-        bits = pairs.to(tl.int32)
-        low = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        high = (bits & 0x8000) | ((bits & 0x7F00) >> 1)
-        low = low.to(tl.uint16).to(tl.float16, bitcast=True)
-        high = high.to(tl.uint16).to(tl.float16, bitcast=True)
-        return low, high
+        low = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        high = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return low.to(tl.float16), high.to(tl.float16)
     else:
-        # Two pairs to a register: bytes 0 and 2 are the low ones, 1 and 3 the high ones.
+        # Two pairs to a register: each is widened, then low and high ones are gathered.
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 bits, sign;
-            shl.b32 bits, $2, 8;
-            and.b32 sign, bits, 0x80008000;
-            shr.b32 bits, bits, 1;
-            lop3.b32 $0, bits, 0x3f803f80, sign, 0xea;
-            and.b32 sign, $2, 0x80008000;
-            shr.b32 bits, $2, 1;
-            lop3.b32 $1, bits, 0x3f803f80, sign, 0xea;
+            .reg .b16 first, second;
+            .reg .b32 a, b;
+            mov.b32 {first, second}, $2;
+            cvt.rn.f16x2.e4m3x2 a, first;
+            cvt.rn.f16x2.e4m3x2 b, second;
+            prmt.b32 $0, a, b, 0x5410;
+            prmt.b32 $1, a, b, 0x7632;
             }""",
             "=r,=r,r",
             [pairs],
@@ -58,13 +49,17 @@ def split_scales(both):
 
 @triton.jit
 def attend_row_fp8(
-    q, q_scale, state, row, live, first, end, geo, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, score_scale, state, row, live, page, first, end, geo,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of q [BLOCK_M, D_PAD] float16 over tiles [first, end) of a row.
-
-    q_scale [BLOCK_M] turns a dot product into a base-2 score. k_scale goes to the scores and
-    v_scale to the weights, relative to the largest v_scale so far.
-    """
+    """`attend_row` over FP8 pages. k_scale goes to the scores and v_scale to the weights, relative
+    to the largest v_scale so far."""
+    # q is scaled to fit the range of float16, into which FP8 widens without loss.
+    q = q.to(tl.float32)
+    largest = tl.max(tl.abs(q), 1)
+    largest = tl.where(largest == 0, 1.0, largest)
+    q = (q / largest[:, None]).to(tl.float16)
+    q_scale = largest * score_scale
     q_even, q_odd = tl.split(tl.reshape(q, [BLOCK_M, geo.D_PAD // 2, 2]))
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, geo.D_PAD // 2)[None, :]
@@ -75,8 +70,6 @@ def attend_row_fp8(
     even = tl.zeros([BLOCK_M, geo.D_PAD // 2], tl.float32)
     odd = tl.zeros([BLOCK_M, geo.D_PAD // 2], tl.float32)
     unit = 1.0e-30  # even and odd count in units of this v_scale
-    q_scale *= UNSCALE
-    page = tile_pages(state, row, live, first, geo, BLOCK_N)
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
         mask = slot < live
@@ -84,7 +77,7 @@ def attend_row_fp8(
         ptr = pages + slot_offset(page, slot, geo)[:, None] // 2 + offs_d
         both = tl.load(scales + scale_offset(page, slot, geo) // 2, mask=mask, other=0)
         # One tile ahead: the compiler then prefetches K and V without waiting for a page.
-        page = tile_pages(state, row, live, tile + 1, geo, BLOCK_N)
+        page = tile_pages(state, row, tile + 1, geo, BLOCK_N)
         k_even, k_odd = widen_pairs(tl.trans(tl.load(ptr, mask=mask_d, other=0)))
         k_scale, v_scale = split_scales(both)
         scores = tl.dot(q_odd, k_odd, tl.dot(q_even, k_even))
@@ -102,4 +95,4 @@ def attend_row_fp8(
         v_even, v_odd = widen_pairs(tl.load(ptr + geo.P * geo.D // 2, mask=mask_d, other=0))
         even = tl.dot(weights, v_even, even * decay[:, None])
         odd = tl.dot(weights, v_odd, odd * decay[:, None])
-    return tl.interleave(even, odd) * (unit * UNSCALE), top, total
+    return tl.interleave(even, odd) * unit, top, total

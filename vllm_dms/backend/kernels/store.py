@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 
 from vllm_dms.backend.kernels.common import (
+    allow_next_kernel,
     copy_slots,
     decide,
     find_request,
     load_request,
     page_of,
     row_index,
+    wait_for_previous_kernel,
     write_slots,
 )
 
@@ -45,11 +47,14 @@ def store_token_kernel(
     H_PAD: tl.constexpr,
     SHIFT: tl.constexpr,
     EVICT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (requests): one new token. The token that leaves, unless evicted, is copied to a slot of
     its own; the new one takes its place in the ring. All heads at once, so that pages are handed
     out without atomics."""
     b = tl.program_id(0)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
     start, m, n, s = load_request(state, batch, b)
     if (m != 1) | (s == 0):
         return

@@ -15,6 +15,8 @@ class Tuning:
     decode_stages: int = 2
     programs: int = 0  # of decode; 0: four per multiprocessor
     min_tiles: int = 1  # of a decode program
+    merge_block: int = 16  # partial results of a row that are merged together
+    merge_warps: int = 1
     prefill_rows: int = 64  # (query token, head of the group) pairs per program
     prefill_block: int = 64  # keys per tile
     prefill_warps: int = 4

@@ -1,0 +1,109 @@
+"""Who does what in decode attention.
+
+Rows are cut into tiles of BLOCK_N slots. All tiles of a layer, row after row, are shared out evenly
+to a fixed number of programs, whatever the lengths of the rows: program p takes tiles
+[p * share, (p + 1) * share).
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from vllm_dms.backend.kernels.common import row_index
+
+
+class Schedule(NamedTuple):
+    """Decode rows of a step, in order, and what programs tell each other.
+
+    N is the bound max_num_seqs * H on rows, PROGRAMS the number of programs. A program leaves at
+    most two partial results: 2p of a row that it joins midway, 2p + 1 of one that it starts.
+    """
+
+    row_query: Any  # int32 [N]: query token * H + head
+    row_state: Any  # int32 [N]: state index
+    row_tile: Any  # int32 [L, N + 1]: tiles before each row; after the last: of all
+    begin: Any  # int32 [L, PROGRAMS, BEGIN_FIELDS]: all that a program needs to know to begin
+    partial: Any  # float32 [2 * PROGRAMS, G, D]: sum of weighted values
+    partial_max: Any  # float32 [2 * PROGRAMS, G]: largest score, base 2
+    partial_sum: Any  # float32 [2 * PROGRAMS, G]: sum of weights
+    N: Any
+    PROGRAMS: Any
+    MIN_TILES: Any  # of a program
+
+
+# Tiles of a program, all tiles, then of the row of its first tile: its place among the rows,
+# its first tile, the tile after its last, row_query, row_state. One sector of memory.
+BEGIN_FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def partial_of(p, row_first):
+    """Where program p leaves its part of a row that program row_first begins."""
+    return 2 * p + (p == row_first).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_reqs"])
+def schedule_kernel(
+    state,
+    batch,
+    schedule,
+    num_reqs,
+    geo,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PROGRAMS_PAD: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Grid (L): fill `Schedule` for every layer of a step. Before a layer's `store`, so that rows
+    count one slot more than they hold."""
+    layer = tl.program_id(0)
+    row_tile = schedule.row_tile + layer * (schedule.N + 1)
+    num_rows = 0
+    num_tiles = 0
+    for r0 in range(0, num_reqs * geo.H, BLOCK_ROWS):
+        r = r0 + tl.arange(0, BLOCK_ROWS)
+        b, h = r // geo.H, r % geo.H
+        mask = b < num_reqs
+        start = tl.load(batch.query_start + b, mask=mask, other=0)
+        m = tl.load(batch.query_start + b + 1, mask=mask, other=0) - start
+        mask = mask & (m == 1)
+        n = tl.load(batch.seq_lens + b, mask=mask, other=1) - 1
+        block_ptr = batch.block_table + b.to(tl.int64) * batch.block_table_stride
+        s = tl.load(
+            state.state_of_block + tl.load(block_ptr, mask=mask, other=0), mask=mask, other=0
+        )
+        live = tl.load(state.live + row_index(s, layer, h, geo), mask=mask, other=0)
+        live = tl.where((n == 0) | (s == 0), 0, live)
+        tiles = tl.where(mask, tl.cdiv(live + 1, BLOCK_N), 0)
+
+        i = num_rows + tl.cumsum(mask.to(tl.int32), 0) - 1
+        tl.store(row_tile + i, num_tiles + tl.cumsum(tiles, 0) - tiles, mask=mask)
+        # The same from every layer: each reads its own below.
+        tl.store(schedule.row_query + i, start * geo.H + h, mask=mask)
+        tl.store(schedule.row_state + i, s, mask=mask)
+        num_rows += tl.sum(mask.to(tl.int32), 0)
+        num_tiles += tl.sum(tiles, 0)
+    tl.store(row_tile + num_rows, num_tiles)
+    tl.debug_barrier()
+
+    # Every program's first row at once: the last row that does not begin after its first tile.
+    share = tl.maximum(tl.cdiv(num_tiles, schedule.PROGRAMS), schedule.MIN_TILES)
+    p = tl.arange(0, PROGRAMS_PAD)
+    low, high = p * 0, p * 0 + num_rows
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        begin = tl.load(row_tile + middle, mask=low < high, other=0)
+        low = tl.where((low < high) & (begin <= p * share), middle + 1, low)
+        high = tl.where((low < high) & (begin > p * share), middle, high)
+    i = low - 1
+    busy = p * share < num_tiles  # so the row exists
+    out = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
+    tl.store(out, tl.where(busy, share, 0), mask=p < schedule.PROGRAMS)
+    mask = busy & (p < schedule.PROGRAMS)
+    tl.store(out + 1, p * 0 + num_tiles, mask=mask)
+    tl.store(out + 2, i, mask=mask)
+    tl.store(out + 3, tl.load(row_tile + i, mask=mask), mask=mask)
+    tl.store(out + 4, tl.load(row_tile + i + 1, mask=mask), mask=mask)
+    tl.store(out + 5, tl.load(schedule.row_query + i, mask=mask), mask=mask)
+    tl.store(out + 6, tl.load(schedule.row_state + i, mask=mask), mask=mask)

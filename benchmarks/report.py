@@ -132,36 +132,50 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
 
-def captions(rows: list[Row]) -> list[str]:
-    """One line per run: where its numbers come from."""
-    lines = []
-    for run_id in sorted({row["run_id"] for row in rows}):
-        of_run = [row for row in rows if row["run_id"] == run_id]
-        first = of_run[0]
-        facts = [f"{first['gpu']}", f"vLLM {first.get('vllm')}, torch {first.get('torch')}"]
-        facts.append(f"commit {first['commit']}")
-        pools = sorted({row["pool_bytes"] for row in of_run if row.get("pool_bytes")})
-        facts.append("pool " + " / ".join(f"{p / 2**30:.1f} GiB" for p in pools))
-        facts.append(f"{first.get('model')} shape, {first.get('weights_dtype')} weights")
-        facts.append(f"window {first.get('dms_window')}, {first.get('rates')} eviction rates")
-        if first.get("dialect"):
-            facts[-1] += f", {first['dialect']} decisions"
-        measured = {r["arm"]: r["live_compression"] for r in of_run
-                    if r["workload"] in WORKLOADS_AT_8K and r["live_compression"]}  # fmt: skip
-        if measured:
-            live = ", ".join(
-                f"{ARM_NAMES[a]} {value:.2f}x" for a, value in sorted(measured.items())
-            )
-            facts.append(f"live compression at 8K: {live}")
-        workloads = sorted({row["workload"] for row in of_run})
-        lines.append(f"Run `{run_id}` ({', '.join(workloads)}): {'; '.join(facts)}.")
-    return lines
+def facts_of(rows: list[Row]) -> list[str]:
+    """Where the numbers of one run come from."""
+    first = rows[0]
+    pools = sorted({row["pool_bytes"] for row in rows if row.get("pool_bytes")})
+    facts = [
+        f"{first['gpu']}",
+        f"vLLM {first.get('vllm')}, torch {first.get('torch')}",
+        f"{first.get('model')} shape, {first.get('weights_dtype')} weights",
+        f"window {first.get('dms_window')}, {first.get('rates')} eviction rates",
+        f"commit {first['commit']}",
+        "pool " + " / ".join(f"{p / 2**30:.1f} GiB" for p in pools),
+    ]
+    if first.get("dialect"):
+        facts.append(f"{first['dialect']} decisions")
+    measured = {
+        r["arm"]: r["live_compression"]
+        for r in rows
+        if r["workload"] in WORKLOADS_AT_8K and r["live_compression"]
+    }
+    if measured:
+        live = ", ".join(f"{ARM_NAMES[a]} {value:.2f}x" for a, value in sorted(measured.items()))
+        facts.append(f"live compression at 8K: {live}")
+    return facts
+
+
+def caption(rows: list[Row]) -> str:
+    """What all runs share, then of each run what is its own."""
+    runs: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["run_id"]):
+        runs.setdefault(row["run_id"], []).append(row)
+    facts = {run_id: facts_of(of_run) for run_id, of_run in runs.items()}
+    shared = [fact for fact in next(iter(facts.values())) if all(fact in f for f in facts.values())]
+    own = []
+    for run_id, of_run in runs.items():
+        workloads = ", ".join(sorted({row["workload"] for row in of_run}))
+        rest = "; ".join(fact for fact in facts[run_id] if fact not in shared)
+        own.append(f"`{run_id}` ({workloads}){': ' + rest if rest else ''}")
+    return f"{'; '.join(shared)}. Runs: {' · '.join(own)}."
 
 
 def results_section(rows: list[Row]) -> str:
     if not rows:
         return ""
-    return "\n".join((table(rows), "", *(f"- {line}" for line in captions(rows)))) + "\n"
+    return f"{table(rows)}\n\n{caption(rows)}\n"
 
 
 def with_section(readme: str, section: str) -> str:

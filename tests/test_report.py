@@ -90,8 +90,8 @@ def test_no_row_is_dropped_silently(wrong):
 
 def test_a_run_says_which_lines_are_its_and_what_was_live():
     rows = [row("dms", "saturated-8k", decode_tok_s=1.0, live_compression=5.514, dialect="d")]
-    (caption,) = report.captions(rows)
-    assert caption.startswith("Run `r1` (saturated-8k): a card; ")
+    caption = report.caption(rows)
+    assert caption.startswith("a card; ") and "Runs: `r1` (saturated-8k)" in caption
     assert "d decisions" in caption and "`dms` 5.51x" in caption
 
 

@@ -137,8 +137,10 @@ def test_the_report_equals_the_plain_one():
     assert torch.equal(*outs)
 
 
-def test_many_programs_share_one_row():
-    tuning = replace(SMALL, programs=32)
+@pytest.mark.parametrize("merge_block", [1, 16])
+def test_many_programs_share_one_row(merge_block):
+    """13 of them: merged in several rounds or at once."""
+    tuning = replace(SMALL, programs=32, merge_block=merge_block)
     config = make_config(4, evict=False)
     layout = make_layout(4, heads=1, layers=1)
     check_against_plain(layout, config, 4, (200,), (190, 1), tuning=tuning)

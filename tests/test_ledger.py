@@ -27,13 +27,11 @@ def test_caps_cover_the_pages_in_use_and_one_element_agrees_with_arrays(chunks, 
     ledger, rng = Ledger(layout, 3), np.random.default_rng(seed)
     for _ in range(2):
         state = ledger.start()
-    states = np.array([state])
     live = np.zeros(layout.num_rows, dtype=np.int64)
     ran, in_flight, end = 0, [], 0
     for step_id, chunk in enumerate(chunks):
         end += chunk
         needed = ledger.required_one(state, end)
-        assert needed == ledger.required(states, np.array([end]))[0]
         ledger.scheduled_end[state] = end
         if end > ledger.safe_end[state]:
             ledger.grow(state, max(needed, int(ledger.held[state])), end)
@@ -47,8 +45,12 @@ def test_caps_cover_the_pages_in_use_and_one_element_agrees_with_arrays(chunks, 
         pages = int((-(-live // layout.page_size)).sum())
         assert pages <= ledger.held[state] * layout.pages_per_block
         need = [worst_case(live, k, layout.page_size) for k in range(1, REPORT_HORIZON + 1)]
-        ledger.merge(step, np.array([[pages, *need, live.sum()]], dtype=np.int32))
-        ledger.shrink(states, ledger.surplus(states))
+        held = ledger.held[state]
+        report = np.array([[pages, *need, live.sum()]], dtype=np.int32)
+        _, surplus, _ = ledger.merge(step, report)
+        ahead = max(end + 1, step.ends[0] + REPORT_HORIZON)
+        assert ledger.held[state] == min(held, ledger.required_one(state, ahead))
+        assert surplus == held - ledger.held[state]
         # The held blocks suffice for safe_end, and for no further token of a bound we know.
         safe_end = int(ledger.safe_end[state])
         assert safe_end >= end
@@ -66,8 +68,8 @@ def test_reports_of_former_owners_of_a_state_index_are_dropped():
     ledger.release(state)
     assert ledger.start() == state
     report = np.full((1, REPORT_HORIZON + 2), 5)
-    states, growth = ledger.merge(stale, report)
-    assert len(states) == 0 and growth == Growth(0, 0)
+    states, surplus, growth = ledger.merge(stale, report)
+    assert len(states) == len(surplus) == 0 and growth == Growth(0, 0)
     assert ledger.pages[state] == 0
 
 

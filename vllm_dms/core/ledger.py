@@ -92,74 +92,75 @@ class Ledger:
         # Block 0 of a row stays: it is how the device finds the request.
         return max(-(-min(self.pages.item(state) + further, dense) // self.pages_per_block), 1)
 
-    def required(self, states: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """`required_one` for arrays [n]."""
-        ahead = ends - self.reported_end[states]
-        exact = self.need[states, np.minimum(ahead, REPORT_HORIZON)]
-        crude = self.num_rows * -(-ahead // self.page_size)
-        cap = self.pages[states] + np.where(ahead <= REPORT_HORIZON, exact, crude)
-        dense = self.num_rows * -(-ends // self.page_size)
-        return np.maximum(-(-np.minimum(cap, dense) // self.pages_per_block), 1)
-
     def grow(self, state: int, num_blocks: int, end: int) -> None:
         """Record that ``state`` now holds ``num_blocks``, which suffice for ``end`` tokens."""
         self.held[state] = num_blocks
         self.read_safe_end[state] = end
 
-    def shrink(self, states: np.ndarray, surplus: np.ndarray) -> None:
-        """Record that ``states`` returned ``surplus`` blocks [n], and what the rest suffices for.
-
-        It always suffices for what is scheduled. Recomputing can miss that: two chunks rounded up
-        to pages one by one may ask for more than the same tokens did before the first was reported.
-        """
-        self.held[states] -= surplus
-        pages = self.held[states] * self.pages_per_block
-        spare = pages - self.pages[states]
-        exact = (self.need[states] <= spare[:, None]).sum(1) - 1
-        crude = spare // self.num_rows * self.page_size
-        dense = pages // self.num_rows * self.page_size
-        reached = self.reported_end[states] + np.maximum(exact, crude)
-        reached = np.maximum(reached, self.scheduled_end[states])
-        self.safe_end[states] = np.maximum(reached, dense)
-
     def make_step(self, step_id: int, states: list[int]) -> Step:
         index = np.array(states, dtype=np.int64)
         return Step(step_id, index, self.incarnation[index], self.scheduled_end[index])
 
-    def merge(self, step: Step, report: np.ndarray) -> tuple[np.ndarray, Growth]:
+    def merge(self, step: Step, report: np.ndarray) -> tuple[np.ndarray, np.ndarray, Growth]:
         """Take in a step's ``report`` int [n, REPORT_HORIZON + 2], rows in the step's order.
 
-        Returns the state indices that the report was valid for: the request of the step still
-        owns them. All others were preempted, finished or aborted since, and are dropped.
+        Returns the state indices that the report was valid for, and of each the blocks to return:
+        what it holds beyond its need in the coming step or two. Valid means that the request of
+        the step still owns the index. All others were preempted, finished or aborted since, and
+        are dropped. Once per step for all requests: each array is read once.
         """
-        states = step.states
+        states, ends = step.states, step.ends
         valid = self.owned[states] & (self.incarnation[states] == step.incarnations)
-        ends = step.ends
         if not valid.all():
             states, ends, report = states[valid], ends[valid], report[valid]
-        pages = report[:, 0]
-        overrun = pages > self.held[states] * self.pages_per_block
-        if overrun.any():
+        report = report.astype(np.int64)
+        pages, need, live = report[:, 0], report[:, 1:-1], report[:, -1]
+        held = self.held[states]
+        spare = held * self.pages_per_block - pages
+        if (spare < 0).any():
+            over = spare < 0
             raise RuntimeError(
-                f"DMS pages in use beyond the blocks held, states {states[overrun].tolist()}: "
-                f"{pages[overrun].tolist()} pages, {self.held[states][overrun].tolist()} blocks"
+                f"DMS pages in use beyond the blocks held, states {states[over].tolist()}: "
+                f"{pages[over].tolist()} pages, {held[over].tolist()} blocks"
             )
-        growth = self._growth(states, ends, report[:, -1])
+        growth = self._growth(ends - self.reported_end[states], ends, live - self.live[states])
         self.pages[states] = pages
-        self.need[states, 1:] = report[:, 1:-1]
-        self.live[states] = report[:, -1]
+        self.need[states, 1:] = need
+        self.live[states] = live
         self.reported_end[states] = ends
-        return states, growth
 
-    def surplus(self, states: np.ndarray) -> np.ndarray:
-        """Blocks [n] that ``states`` hold beyond what they need in the coming step or two.
+        # As `required_one`, looking ahead to the report's horizon: a decoding request would only
+        # ask again for what it returned.
+        scheduled = self.scheduled_end[states]
+        ahead = np.maximum(scheduled + 1 - ends, REPORT_HORIZON)
+        crude = self.num_rows * -(-ahead // self.page_size)
+        cap = pages + np.where(ahead == REPORT_HORIZON, need[:, -1], crude)
+        cap = np.minimum(cap, self.num_rows * -(-(ends + ahead) // self.page_size))
+        surplus = np.maximum(held - np.maximum(-(-cap // self.pages_per_block), 1), 0)
+        if surplus.any():
+            held -= surplus
+            self.held[states] = held
+            spare -= surplus * self.pages_per_block
+        self.safe_end[states] = self._safe_ends(ends, scheduled, held, spare, need)
+        return states, surplus, growth
 
-        Looking ahead to the report's horizon keeps a decoding request from returning a block
-        only to ask for it again.
+    def _safe_ends(
+        self,
+        ends: np.ndarray,
+        scheduled: np.ndarray,
+        held: np.ndarray,
+        spare: np.ndarray,
+        need: np.ndarray,
+    ) -> np.ndarray:
+        """Tokens [n] that ``held`` blocks, of which ``spare`` pages are not in use, suffice for.
+
+        They always do for what is scheduled. Recomputing can miss that: two chunks rounded up to
+        pages one by one may ask for more than the same tokens did before the first was reported.
         """
-        ends = np.maximum(self.scheduled_end[states] + 1, self.reported_end[states])
-        ends = np.maximum(ends, self.reported_end[states] + REPORT_HORIZON)
-        return np.maximum(self.held[states] - self.required(states, ends), 0)
+        exact = (need <= spare[:, None]).sum(1)
+        crude = spare // self.num_rows * self.page_size
+        dense = held * self.pages_per_block // self.num_rows * self.page_size
+        return np.maximum(np.maximum(ends + np.maximum(exact, crude), scheduled), dense)
 
     def live_fraction(self, state: int) -> float:
         """Share of past-window slots that the request kept, 0 if none was past its window yet."""
@@ -174,10 +175,10 @@ class Ledger:
         in_use = -(-self.pages[chunks] // self.pages_per_block)
         return int((self.held[chunks] - np.maximum(in_use, 1)).sum())
 
-    def _growth(self, states: np.ndarray, ends: np.ndarray, live: np.ndarray) -> Growth:
-        before = self.reported_end[states]
-        window_now = np.minimum(ends, self.ring_size)
-        window_before = np.minimum(before, self.ring_size)
-        eligible = (ends - window_now) - (before - window_before)
-        kept = (live - self.live[states]).sum() - self.num_rows * (window_now - window_before).sum()
-        return Growth(int(eligible.sum()) * self.num_rows, int(kept))
+    def _growth(self, further: np.ndarray, ends: np.ndarray, live: np.ndarray) -> Growth:
+        """Of ``further`` tokens [n], up to ``ends``, that took ``live`` slots over all rows."""
+        past = np.maximum(ends - self.ring_size, 0)
+        past_before = np.maximum(ends - further - self.ring_size, 0)
+        eligible = int((past - past_before).sum())
+        kept = int(live.sum()) - self.num_rows * (int(further.sum()) - eligible)
+        return Growth(eligible * self.num_rows, kept)

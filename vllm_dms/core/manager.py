@@ -175,11 +175,8 @@ class DMSManager(SingleTypeKVCacheManager):
         step = self.in_flight.popleft()
         if step.step_id != step_id:
             raise RuntimeError(f"report of step {step_id} while step {step.step_id} is due")
-        ledger = self.ledger
-        states, growth = ledger.merge(step, report)
+        states, surplus, growth = self.ledger.merge(step, report)
         self.live_fraction.add(growth)
-        surplus = ledger.surplus(states)
-        ledger.shrink(states, surplus)
         if surplus.any():
             self._return_surplus(states, surplus)
         return growth

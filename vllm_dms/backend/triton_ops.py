@@ -13,7 +13,7 @@ from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
 from vllm_dms.backend.kernels.decode import decode_kernel, merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
 from vllm_dms.backend.kernels.report import launch_report
-from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, Schedule, schedule_kernel
+from vllm_dms.backend.kernels.schedule import allocate_schedule, schedule_kernel
 from vllm_dms.backend.kernels.store import (
     store_copy_kernel,
     store_plan_kernel,
@@ -80,32 +80,8 @@ class TritonOps:
         # Programmatic dependent launch: a kernel starts up while the one before it runs out.
         self.overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.launch = {"launch_pdl": True} if self.overlap else {}
-        self.schedule = self._allocate_schedule()
-
-    def _allocate_schedule(self) -> Schedule:
-        rows = self.max_num_seqs * self.layout.num_kv_heads
-        programs = self.tuning.programs
-        if not programs:
-            sms = 4  # under the interpreter
-            if self.device.type == "cuda":
-                sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-            programs = 4 * sms
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        parts = (2 * programs, self.group)
-        return Schedule(
-            row_query=zeros(rows),
-            row_state=zeros(rows),
-            row_tile=zeros(self.layout.num_layers, rows + 1),
-            begin=zeros(self.layout.num_layers, programs, BEGIN_FIELDS.value),
-            partial=zeros(*parts, self.layout.head_dim, dtype=torch.float32),
-            partial_max=zeros(*parts, dtype=torch.float32),
-            partial_sum=zeros(*parts, dtype=torch.float32),
-            N=rows,
-            PROGRAMS=programs,
-            MIN_TILES=self.tuning.min_tiles,
+        self.schedule = allocate_schedule(
+            layout, max_num_seqs, self.group, self.tuning.programs, self.tuning.min_tiles, device
         )
 
     def side_bytes(self) -> int:

@@ -7,10 +7,14 @@ to a fixed number of programs, whatever the lengths of the rows: program p takes
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from vllm_dms.backend.kernels.common import row_index
+from vllm_dms.backend.layout import ArenaLayout
+
+PROGRAMS_PER_SM = 4
 
 
 class Schedule(NamedTuple):
@@ -35,6 +39,40 @@ class Schedule(NamedTuple):
 # Tiles of a program, all tiles, then of the row of its first tile: its place among the rows,
 # its first tile, the tile after its last, row_query, row_state. One sector of memory.
 BEGIN_FIELDS = tl.constexpr(8)
+
+
+def allocate_schedule(
+    layout: ArenaLayout,
+    max_num_seqs: int,
+    group: int,
+    programs: int,
+    min_tiles: int,
+    device: torch.device,
+) -> Schedule:
+    """``group``: query heads per KV head. ``programs`` 0: as many as run at once."""
+    rows = max_num_seqs * layout.num_kv_heads
+    if not programs:
+        sms = 4  # under the interpreter
+        if device.type == "cuda":
+            sms = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = PROGRAMS_PER_SM * sms
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    parts = (2 * programs, group)
+    return Schedule(
+        row_query=zeros(rows),
+        row_state=zeros(rows),
+        row_tile=zeros(layout.num_layers, rows + 1),
+        begin=zeros(layout.num_layers, programs, BEGIN_FIELDS.value),
+        partial=zeros(*parts, layout.head_dim, dtype=torch.float32),
+        partial_max=zeros(*parts, dtype=torch.float32),
+        partial_sum=zeros(*parts, dtype=torch.float32),
+        N=rows,
+        PROGRAMS=programs,
+        MIN_TILES=min_tiles,
+    )
 
 
 @triton.jit

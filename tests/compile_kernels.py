@@ -1,0 +1,111 @@
+"""Compile every kernel for a Hopper GPU, without one: `test_compile` runs this in a process of its
+own, because a process either interprets kernels or compiles them.
+
+    python tests/compile_kernels.py DTYPE HEAD_DIM GROUP    (DTYPE: bfloat16, float8_e4m3fn, ...)
+
+Prints one line of JSON: for each kernel the registers of a thread, and the bytes of a thread's
+stack, where what does not fit in registers would go.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from vllm_dms.backend.kernels.adapter import launch_alpha
+from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
+from vllm_dms.backend.triton_ops import TritonOps
+from vllm_dms.config import DMSConfig
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class NoGPU:
+    """What the compiler asks a driver for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return HOPPER
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def usage(kernel):
+    """(registers, bytes of stack) of a thread"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups()]
+
+
+def run_all(dtype, head_dim, group):
+    plain = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    layout = ArenaLayout(
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        window=64,
+        page_size=16,
+        block_size=16,
+        storage_dtype=dtype,
+        max_model_len=1024,
+    )
+    ops = TritonOps(layout, 64, 4, 2 * group, "cpu")
+    ops.overlap, ops.launch = True, {"launch_pdl": True}
+    state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
+    config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
+    batch = Batch(
+        num_reqs=2,
+        num_tokens=18,
+        max_query_len=17,
+        block_table=torch.ones(2, 1, dtype=torch.int32),
+        query_start=torch.tensor([0, 1, 18], dtype=torch.int32),
+        seq_lens=torch.tensor([9, 17], dtype=torch.int32),
+        scratch=allocate_scratch(layout, 64, "cpu"),
+    )
+    query = torch.zeros(18, 2 * group, head_dim, dtype=plain)
+    key, alpha = query[:, :2].contiguous(), torch.zeros(18, 2, dtype=plain)
+    ops.store(state, batch, config, 0, key, key, alpha)
+    ops.prefill(state, batch, 0, query, key, key, query, 1.0)
+    ops.store_window(state, batch, 0, key, key)
+    ops.decode(state, batch, 0, query, query, 1.0)
+    ops.report(state, torch.zeros(state.num_states, 6, dtype=torch.int32))
+    weight = torch.zeros(2, head_dim, dtype=plain)
+    launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
+
+
+def main(name, head_dim, group):
+    found = {}
+
+    def compile_only(kernel, grid):
+        def launch(*args, **kwargs):
+            found[kernel.__name__] = usage(kernel.warmup(*args, grid=grid, **kwargs))
+
+        return launch
+
+    driver.set_active(NoGPU())
+    JITFunction.__getitem__ = compile_only
+    run_all(getattr(torch, name), int(head_dim), int(group))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

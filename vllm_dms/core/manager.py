@@ -34,6 +34,7 @@ class DMSManager(SingleTypeKVCacheManager):
         self.ledger = Ledger(kv_cache_spec.layout, kv_cache_spec.max_num_seqs)
         self.live_fraction = LiveFraction(kv_cache_spec.layout.num_rows)
         self.states: dict[str, int] = {}  # request id -> state index
+        self.owners: dict[int, str] = {}  # and back
         self.in_flight: deque[Step] = deque()
         self.shortages = Shortages(self.ledger, self.in_flight, kv_cache_spec.reserve_compression)
         self.returned_blocks = 0
@@ -94,6 +95,7 @@ class DMSManager(SingleTypeKVCacheManager):
         first = state is None
         if state is None:
             state = self.states[request_id] = ledger.start()
+            self.owners[state] = request_id
         ledger.scheduled_end[state] = num_tokens
         if num_tokens <= ledger.read_safe_end[state]:
             return []
@@ -121,6 +123,7 @@ class DMSManager(SingleTypeKVCacheManager):
             self._own_fraction[request_id] = self.ledger.live_fraction(state)
         if state is None:
             return blocks
+        del self.owners[state]
         self.ledger.release(state)
         # If it is preempted in the step that gave it blocks, the worker must not hear of them.
         self._starts.pop(state, None)
@@ -182,10 +185,9 @@ class DMSManager(SingleTypeKVCacheManager):
         return growth
 
     def _return_surplus(self, states: np.ndarray, surplus: np.ndarray) -> None:
-        owner = {state: request_id for request_id, state in self.states.items()}
-        for i in np.flatnonzero(surplus):
-            blocks = self.req_to_blocks[owner[int(states[i])]]
-            tail = blocks[-int(surplus[i]) :]
+        for i in np.flatnonzero(surplus).tolist():
+            blocks = self.req_to_blocks[self.owners[states.item(i)]]
+            tail = blocks[-surplus.item(i) :]
             del blocks[-len(tail) :]
             self.block_pool.free_blocks(reversed(tail))
             self.returned_blocks += len(tail)
@@ -220,6 +222,7 @@ def check_integrity(manager: DMSManager) -> None:
     assert set(manager.states) == {r for r, b in manager.req_to_blocks.items() if b}
     states = list(manager.states.values())
     assert len(set(states)) == len(states), "a state index is owned twice"
+    assert manager.owners == {state: request for request, state in manager.states.items()}
     assert sorted(np.flatnonzero(ledger.owned)) == sorted(states)
     assert ledger.num_free + len(states) == manager.spec.max_num_seqs
     for request_id, state in manager.states.items():

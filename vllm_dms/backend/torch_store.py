@@ -1,4 +1,7 @@
-"""How the plain PyTorch operations write the arena: survivors, their pages, the window ring."""
+"""How the plain PyTorch operations write the arena: survivors, their pages, the window ring.
+
+For a CPU, like `torch_ops`: lengths are read on the host. `triton_ops` has none of this.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

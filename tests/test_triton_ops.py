@@ -47,7 +47,10 @@ def run(ops, layout, config, group, lengths, chunks, dtype=torch.float32):
     """(harness, sequences) after feeding; even heads evict most, odd ones half."""
     harness = Harness(ops, config, layout, len(lengths), max_tokens=1024, device=DEVICE)
     rate = torch.tensor([0.9 if h % 2 == 0 else 0.5 for h in range(layout.num_kv_heads)])
-    seqs = [Sequence(n, layout, group, rate, seed=n, dtype=dtype, device=DEVICE) for n in lengths]
+    seqs = [  # seeded by place, so that equal lengths do not make equal requests
+        Sequence(n, layout, group, rate, seed=1000 * place + n, dtype=dtype, device=DEVICE)
+        for place, n in enumerate(lengths)
+    ]
     feed(harness, seqs, chunks)
     return harness, seqs
 
@@ -144,6 +147,17 @@ def test_many_programs_share_one_row(merge_block):
     config = make_config(4, evict=False)
     layout = make_layout(4, heads=1, layers=1)
     check_against_plain(layout, config, 4, (200,), (190, 1), tuning=tuning)
+
+
+@pytest.mark.parametrize("programs", [8, 3])
+def test_a_program_ends_one_row_and_begins_another(programs):
+    """Nine rows of four tiles: five tiles a program, with parts of two rows, or three whole rows.
+
+    Lengths are equal: a row read with its neighbor's state has the right number of slots.
+    """
+    tuning = replace(SMALL, programs=programs)
+    config = make_config(4, evict=False)
+    check_against_plain(make_layout(4, heads=3), config, 2, (49, 49, 49), (48,), tuning=tuning)
 
 
 def test_only_padding_leaves_no_trace():

@@ -134,7 +134,6 @@ def decode_kernel(
         next_head = tl.load(schedule.row_query + i + 1, mask=more, other=0)
         next_s = tl.load(schedule.row_state + i + 1, mask=more, other=0)
 
-        live = tl.where(s == 0, 0, live)
         end = tl.minimum(row_end, stop)
         first = tile - row_begin
         last = tl.minimum(end - row_begin, tl.cdiv(live, BLOCK_N))
@@ -163,7 +162,7 @@ def decode_kernel(
         else:
             store_partial(schedule, p, row_first, acc, top, total, geo, G, BLOCK_M)
         tile = end
-        row_begin, row_end, token_head, s = row_end, next_end, next_head, next_s
+        row_begin, row_end, token_head = row_end, next_end, next_head
         i += 1
 
 

@@ -90,15 +90,21 @@ def watch_engine(core: Any, dms: bool) -> Clocks:
     for name, (part, method) in METHODS.items():
         clocks.watch(getattr(core, part) if part else core, method, name)
     if dms:
+        from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+
         from vllm_dms.backend.attention import DMSMetadataBuilder
         from vllm_dms.core.connector import DMSConnector
+        from vllm_dms.core.ledger import Ledger
 
         # What of the worker's and the scheduler's time is the plugin's own.
+        clocks.watch(ActiveKVConnector, "pre_forward", "dms_before")
+        clocks.watch(ActiveKVConnector, "post_forward", "dms_after")
         clocks.watch(DMSMetadataBuilder, "build", "dms_metadata")
         clocks.watch(DMSConnector, "start_load_kv", "dms_block_rows")
         clocks.watch(DMSConnector, "build_connector_worker_meta", "dms_report")
         clocks.watch(DMSConnector, "build_connector_meta", "dms_step_meta")
         clocks.watch(DMSConnector, "update_connector_output", "dms_merge")
+        clocks.watch(Ledger, "merge", "dms_ledger")
     return clocks
 
 

@@ -37,7 +37,7 @@ TUNING_GRIDS = {
         "decode_block": (64, 32, 128),
         "decode_warps": (2, 4, 8),
         "decode_stages": (2, 3, 4),
-        "per_sm": (4, 2, 3, 6, 8),
+        "programs_per_sm": (4, 2, 3, 6, 8),
     },
     "prefill": {
         "prefill_rows": (64, 128, 256),
@@ -148,14 +148,12 @@ def bench_prefill(storage: str, chunk: int, stored: int, tuning: Tuning | None =
 
 def variants(kind: str, base: Tuning) -> Iterator[tuple[dict[str, int], Tuning]]:
     """(what was varied, launch parameters)"""
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
     grid = TUNING_GRIDS[kind]
     choices = list(itertools.product(*grid.values()))
     random.Random(0).shuffle(choices)
     for values in choices:
         varied = dict(zip(grid, values, strict=True))
-        settings = {k: v for k, v in varied.items() if k != "per_sm"}
-        yield varied, replace(base, programs=varied.get("per_sm", 0) * sms, **settings)
+        yield varied, replace(base, **varied)
 
 
 def time_variant(arena: Arena, kind: str, tuning: Tuning) -> float:

@@ -167,7 +167,7 @@ def check(case: Case) -> None:
 
 
 def test_pages_have_one_owner_whatever_a_former_owner_left():
-    tuning = replace(SMALL, programs=3, min_tiles=2, decode_block=32, prefill_block=32)
+    tuning = replace(SMALL, programs=3, decode_block=32, prefill_block=32)
     check(Case(dim=16, heads=3, window=3, chunks=(4, 1, 26, 1), lengths=(3, 33), tuning=tuning))
 
 

@@ -80,9 +80,7 @@ class TritonOps:
         # Programmatic dependent launch: a kernel starts up while the one before it runs out.
         self.overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.launch = {"launch_pdl": True} if self.overlap else {}
-        self.schedule = allocate_schedule(
-            layout, max_num_seqs, self.group, self.tuning.programs, self.tuning.min_tiles, device
-        )
+        self.schedule = allocate_schedule(layout, max_num_seqs, self.group, self.tuning, device)
 
     def side_bytes(self) -> int:
         """Bytes of scratch beside the arena's own state."""

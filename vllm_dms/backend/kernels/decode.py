@@ -20,14 +20,6 @@ from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, partial_of
 
 
 @triton.jit
-def load_tile(ptr, offsets, mask, geo):
-    """[BLOCK_N, D_PAD] of K or V."""
-    offs_d = tl.arange(0, geo.D_PAD)[None, :]
-    mask = mask[:, None] & (offs_d < geo.D)
-    return tl.load(ptr + offsets[:, None] + offs_d, mask=mask, other=0.0)
-
-
-@triton.jit
 def attend_row(
     q, score_scale, state, row, live, page, first, end, geo,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -36,36 +28,41 @@ def attend_row(
 
     score_scale turns a dot product into a base-2 score. Returns the sum of weighted values
     [BLOCK_M, D_PAD], the largest score and the sum of weights [BLOCK_M].
+
+    Slots are the rows and query heads the columns of the products: tensor cores want 16 rows, but
+    are content with 8 columns, of which a group fills more.
     """
+    q = tl.trans(q)
     offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, geo.D_PAD)[None, :]
     top = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, geo.D_PAD], tl.float32)
+    acc = tl.zeros([geo.D_PAD, BLOCK_M], tl.float32)
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
         mask = slot < live
-        offsets = slot_offset(page, slot, geo)
+        mask_d = mask[:, None] & (offs_d < geo.D)
+        ptr = state.pages + slot_offset(page, slot, geo)[:, None] + offs_d
         # One tile ahead: the compiler then prefetches K and V without waiting for a page.
         page = tile_pages(state, row, tile + 1, geo, BLOCK_N)
-        k = load_tile(state.pages, offsets, mask, geo)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
-        scores = tl.where(mask[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        k = tl.load(ptr, mask=mask_d, other=0.0)
+        scores = tl.dot(k, q, input_precision="ieee") * score_scale
+        scores = tl.where(mask[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_top[None, :])
         decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        v = load_tile(state.pages + geo.P * geo.D, offsets, mask, geo)
-        acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(weights, 0)
+        # Loaded as a transpose: transposed later, it would not be prefetched.
+        v = tl.load(tl.trans(ptr + geo.P * geo.D), mask=tl.trans(mask_d), other=0.0)
+        acc = tl.dot(v, weights.to(q.dtype), acc * decay[None, :], input_precision="ieee")
         top = new_top
-    return acc, top, total
+    return tl.trans(acc), top, total
 
 
 @triton.jit
-def store_partial(
-    schedule, p, row_first, acc, top, total, geo, G: tl.constexpr, ROWS: tl.constexpr
-):
-    """Leave program p's part of a row that program row_first begins."""
-    i = partial_of(p, row_first)
+def store_partial(schedule, p, begins, acc, top, total, geo, G: tl.constexpr, ROWS: tl.constexpr):
+    """Leave program p's part of a row that it ``begins`` or joins midway."""
+    i = partial_of(p, begins)
     offs_g = tl.arange(0, ROWS)
     offs_d = tl.arange(0, geo.D_PAD)
     mask = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
@@ -104,25 +101,23 @@ def decode_kernel(
     """
     p = tl.program_id(0)
     begin = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
-    share = tl.load(begin)
-    num_tiles = tl.load(begin + 1)
+    start = tl.load(begin)
+    stop = tl.load(begin + 1)
     i = tl.load(begin + 2)
     row_begin = tl.load(begin + 3)
     row_end = tl.load(begin + 4)
     token_head = tl.load(begin + 5)
     s = tl.load(begin + 6)
-    busy = share > 0
     offs_g = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, geo.D_PAD)
     mask_q = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
     offs_q = offs_g[:, None] * geo.D + offs_d[None, :]
     q_ptr = query_ptr + head_offset(token_head, stride_query, geo, G)
-    q = tl.load(q_ptr + offs_q, mask=mask_q & busy, other=0.0)
+    q = tl.load(q_ptr + offs_q, mask=mask_q & (start < stop), other=0.0)
     wait_for_previous_kernel(OVERLAP)
     allow_next_kernel(OVERLAP)
 
-    tile = p * share
-    stop = tl.minimum(tile + share, num_tiles)
+    tile = start
     row_tile = schedule.row_tile + layer * (schedule.N + 1)
     row = row_index(s, layer, token_head % geo.H, geo)
     live = tl.load(state.live + row)
@@ -154,13 +149,13 @@ def decode_kernel(
         q_ptr = query_ptr + head_offset(next_head, stride_query, geo, G)
         q = tl.load(q_ptr + offs_q, mask=mask_q & more, other=0.0)
 
-        row_first = row_begin // share
-        if row_first == (row_end - 1) // share:
+        begins = row_begin >= start
+        if begins & (row_end <= stop):
             acc = acc / tl.where(total == 0, 1.0, total)[:, None]
             out_ptr = output_ptr + head_offset(token_head, stride_output, geo, G)
             tl.store(out_ptr + offs_q, acc, mask=mask_q)
         else:
-            store_partial(schedule, p, row_first, acc, top, total, geo, G, BLOCK_M)
+            store_partial(schedule, p, begins, acc, top, total, geo, G, BLOCK_M)
         tile = end
         row_begin, row_end, token_head = row_end, next_end, next_head
         i += 1
@@ -180,23 +175,21 @@ def merge_kernel(
     """Grid (PROGRAMS, G): one query head of the row that program p joins as its second program."""
     p, g = tl.program_id(0), tl.program_id(1)
     begin = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
-    share = tl.load(begin)
-    row_begin = tl.load(begin + 3)
-    row_end = tl.load(begin + 4)
+    last = tl.load(begin + 7)
     token_head = tl.load(begin + 5)
     wait_for_previous_kernel(OVERLAP)
-    if (share == 0) | (row_begin >= p * share) | (row_begin < (p - 1) * share):
+    if last == 0:
         return
     offs_d = tl.arange(0, geo.D_PAD)
     mask_d = offs_d < geo.D
-    first, last = p - 1, (row_end - 1) // share
+    first = p - 1
     top = NO_SCORE
     total = 0.0
     acc = tl.zeros([geo.D_PAD], tl.float32)
     for part in range(first, last + 1, BLOCK):
         parts = part + tl.arange(0, BLOCK)
         mask = parts <= last
-        i = partial_of(parts, first) * G + g
+        i = partial_of(parts, parts == first) * G + g
         tops = tl.load(schedule.partial_max + i, mask=mask, other=NO_SCORE)
         sums = tl.load(schedule.partial_sum + i, mask=mask, other=0.0)
         values = tl.load(

@@ -22,16 +22,15 @@ def widen_pairs(pairs):
         high = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         return low.to(tl.float16), high.to(tl.float16)
     else:
-        # Two pairs to a register: each is widened, then low and high ones are gathered.
+        # Two pairs to a register: first gathered, low and high ones, then widened.
         return tl.inline_asm_elementwise(
             """{
-            .reg .b16 first, second;
-            .reg .b32 a, b;
-            mov.b32 {first, second}, $2;
-            cvt.rn.f16x2.e4m3x2 a, first;
-            cvt.rn.f16x2.e4m3x2 b, second;
-            prmt.b32 $0, a, b, 0x5410;
-            prmt.b32 $1, a, b, 0x7632;
+            .reg .b16 low, high;
+            .reg .b32 gathered;
+            prmt.b32 gathered, $2, 0, 0x3120;
+            mov.b32 {low, high}, gathered;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
             }""",
             "=r,=r,r",
             [pairs],
@@ -61,14 +60,15 @@ def attend_row_fp8(
     q = (q / largest[:, None]).to(tl.float16)
     q_scale = largest * score_scale
     q_even, q_odd = tl.split(tl.reshape(q, [BLOCK_M, geo.D_PAD // 2, 2]))
+    q_even, q_odd = tl.trans(q_even), tl.trans(q_odd)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, geo.D_PAD // 2)[None, :]
     pages = state.pages.to(tl.pointer_type(tl.int16), bitcast=True)
     scales = state.scales.to(tl.pointer_type(tl.int32), bitcast=True)
     top = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    even = tl.zeros([BLOCK_M, geo.D_PAD // 2], tl.float32)
-    odd = tl.zeros([BLOCK_M, geo.D_PAD // 2], tl.float32)
+    even = tl.zeros([geo.D_PAD // 2, BLOCK_M], tl.float32)
+    odd = tl.zeros([geo.D_PAD // 2, BLOCK_M], tl.float32)
     unit = 1.0e-30  # even and odd count in units of this v_scale
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
@@ -78,21 +78,23 @@ def attend_row_fp8(
         both = tl.load(scales + scale_offset(page, slot, geo) // 2, mask=mask, other=0)
         # One tile ahead: the compiler then prefetches K and V without waiting for a page.
         page = tile_pages(state, row, tile + 1, geo, BLOCK_N)
-        k_even, k_odd = widen_pairs(tl.trans(tl.load(ptr, mask=mask_d, other=0)))
+        k_even, k_odd = widen_pairs(tl.load(ptr, mask=mask_d, other=0))
         k_scale, v_scale = split_scales(both)
-        scores = tl.dot(q_odd, k_odd, tl.dot(q_even, k_even))
-        scores = scores * q_scale[:, None] * k_scale[None, :]
-        scores = tl.where(mask[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        scores = tl.dot(k_odd, q_odd, tl.dot(k_even, q_even))
+        scores = scores * q_scale[None, :] * k_scale[:, None]
+        scores = tl.where(mask[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_top[None, :])
         decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
+        total = total * decay + tl.sum(weights, 0)
         top = new_top
         new_unit = tl.maximum(unit, tl.max(v_scale, 0))
-        weights = (weights * (v_scale / new_unit)[None, :]).to(tl.float16)
+        weights = (weights * (v_scale / new_unit)[:, None]).to(tl.float16)
         decay *= unit / new_unit
         unit = new_unit
-        v_even, v_odd = widen_pairs(tl.load(ptr + geo.P * geo.D // 2, mask=mask_d, other=0))
-        even = tl.dot(weights, v_even, even * decay[:, None])
-        odd = tl.dot(weights, v_odd, odd * decay[:, None])
-    return tl.interleave(even, odd) * unit, top, total
+        # Loaded as a transpose: transposed later, it would not be prefetched.
+        v_ptr = tl.trans(ptr + geo.P * geo.D // 2)
+        v_even, v_odd = widen_pairs(tl.load(v_ptr, mask=tl.trans(mask_d), other=0))
+        even = tl.dot(v_even, weights, even * decay[None, :])
+        odd = tl.dot(v_odd, weights, odd * decay[None, :])
+    return tl.interleave(tl.trans(even), tl.trans(odd)) * unit, top, total

@@ -1,8 +1,8 @@
 """Who does what in decode attention.
 
 Rows are cut into tiles of BLOCK_N slots. All tiles of a layer, row after row, are shared out evenly
-to a fixed number of programs, whatever the lengths of the rows: program p takes tiles
-[p * share, (p + 1) * share).
+to a fixed number of programs, whatever the lengths of the rows: each takes num_tiles // PROGRAMS in
+succession, and the first num_tiles % PROGRAMS of them one more.
 """
 
 from typing import Any, NamedTuple
@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 
 from vllm_dms.backend.kernels.common import row_index
+from vllm_dms.backend.kernels.tuning import Tuning
 from vllm_dms.backend.layout import ArenaLayout
-
-PROGRAMS_PER_SM = 4
 
 
 class Schedule(NamedTuple):
@@ -33,29 +32,23 @@ class Schedule(NamedTuple):
     partial_sum: Any  # float32 [2 * PROGRAMS, G]: sum of weights
     N: Any
     PROGRAMS: Any
-    MIN_TILES: Any  # of a program
 
 
-# Tiles of a program, all tiles, then of the row of its first tile: its place among the rows,
-# its first tile, the tile after its last, row_query, row_state. One sector of memory.
+# First tile of a program, the tile after its last; of the row of its first tile: the row's place
+# among the rows, its first tile, the tile after its last, row_query, row_state; if the program is
+# the row's second, the row's last program, else 0. One sector of memory.
 BEGIN_FIELDS = tl.constexpr(8)
 
 
 def allocate_schedule(
-    layout: ArenaLayout,
-    max_num_seqs: int,
-    group: int,
-    programs: int,
-    min_tiles: int,
-    device: torch.device,
+    layout: ArenaLayout, max_num_seqs: int, group: int, tuning: Tuning, device: torch.device
 ) -> Schedule:
-    """``group``: query heads per KV head. ``programs`` 0: as many as run at once."""
+    """``group``: query heads per KV head."""
     rows = max_num_seqs * layout.num_kv_heads
-    if not programs:
-        sms = 4  # under the interpreter
-        if device.type == "cuda":
-            sms = torch.cuda.get_device_properties(device).multi_processor_count
-        programs = PROGRAMS_PER_SM * sms
+    sms = 4  # under the interpreter
+    if device.type == "cuda":
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = tuning.programs or tuning.programs_per_sm * sms
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -71,14 +64,26 @@ def allocate_schedule(
         partial_sum=zeros(*parts, dtype=torch.float32),
         N=rows,
         PROGRAMS=programs,
-        MIN_TILES=min_tiles,
     )
 
 
 @triton.jit
-def partial_of(p, row_first):
-    """Where program p leaves its part of a row that program row_first begins."""
-    return 2 * p + (p == row_first).to(tl.int32)
+def first_tile(p, num_tiles, PROGRAMS):
+    """Of program p; of program p + 1 it is the tile after p's last."""
+    return p * (num_tiles // PROGRAMS) + tl.minimum(p, num_tiles % PROGRAMS)
+
+
+@triton.jit
+def program_of(tile, num_tiles, PROGRAMS):
+    share, wider = num_tiles // PROGRAMS, num_tiles % PROGRAMS
+    others = tile - wider * (share + 1)
+    return tl.where(others < 0, tile // (share + 1), wider + others // tl.maximum(share, 1))
+
+
+@triton.jit
+def partial_of(p, begins):
+    """Where program p leaves its part of a row that it ``begins`` or joins midway."""
+    return 2 * p + begins.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_reqs"])
@@ -126,22 +131,29 @@ def schedule_kernel(
     tl.debug_barrier()
 
     # Every program's first row at once: the last row that does not begin after its first tile.
-    share = tl.maximum(tl.cdiv(num_tiles, schedule.PROGRAMS), schedule.MIN_TILES)
     p = tl.arange(0, PROGRAMS_PAD)
+    tile = first_tile(p, num_tiles, schedule.PROGRAMS)
     low, high = p * 0, p * 0 + num_rows
     for _ in range(STEPS):
         middle = (low + high) // 2
         begin = tl.load(row_tile + middle, mask=low < high, other=0)
-        low = tl.where((low < high) & (begin <= p * share), middle + 1, low)
-        high = tl.where((low < high) & (begin > p * share), middle, high)
+        low = tl.where((low < high) & (begin <= tile), middle + 1, low)
+        high = tl.where((low < high) & (begin > tile), middle, high)
     i = low - 1
-    busy = p * share < num_tiles  # so the row exists
+    stop = first_tile(p + 1, num_tiles, schedule.PROGRAMS)
+    mask = p < schedule.PROGRAMS
+    busy = mask & (tile < stop)  # so the row exists
+    row_begin = tl.load(row_tile + i, mask=busy, other=0)
+    row_end = tl.load(row_tile + i + 1, mask=busy, other=0)
+    before = first_tile(p - 1, num_tiles, schedule.PROGRAMS)
+    second = busy & (row_begin < tile) & (row_begin >= before)
+    last = tl.where(second, program_of(row_end - 1, num_tiles, schedule.PROGRAMS), 0)
     out = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
-    tl.store(out, tl.where(busy, share, 0), mask=p < schedule.PROGRAMS)
-    mask = busy & (p < schedule.PROGRAMS)
-    tl.store(out + 1, p * 0 + num_tiles, mask=mask)
-    tl.store(out + 2, i, mask=mask)
-    tl.store(out + 3, tl.load(row_tile + i, mask=mask), mask=mask)
-    tl.store(out + 4, tl.load(row_tile + i + 1, mask=mask), mask=mask)
-    tl.store(out + 5, tl.load(schedule.row_query + i, mask=mask), mask=mask)
-    tl.store(out + 6, tl.load(schedule.row_state + i, mask=mask), mask=mask)
+    tl.store(out, tile, mask=mask)
+    tl.store(out + 1, stop, mask=mask)
+    tl.store(out + 2, i, mask=busy)
+    tl.store(out + 3, row_begin, mask=busy)
+    tl.store(out + 4, row_end, mask=busy)
+    tl.store(out + 5, tl.load(schedule.row_query + i, mask=busy), mask=busy)
+    tl.store(out + 6, tl.load(schedule.row_state + i, mask=busy), mask=busy)
+    tl.store(out + 7, last, mask=mask)

@@ -10,11 +10,11 @@ class Tuning:
     """Block sizes: speed only, never the result beyond rounding."""
 
     decode_block: int = 64  # slots per tile
-    decode_rows: int = 16  # query heads per tile, the rest of them padding
-    decode_warps: int = 2
+    decode_rows: int = 8  # query heads per tile, the rest of them padding
+    decode_warps: int = 4
     decode_stages: int = 2
-    programs: int = 0  # of decode; 0: four per multiprocessor
-    min_tiles: int = 1  # of a decode program
+    programs_per_sm: int = 3  # of decode: as many as run at once
+    programs: int = 0  # of decode in all, if not 0
     merge_block: int = 16  # partial results of a row that are merged together
     merge_warps: int = 1
     prefill_rows: int = 64  # (query token, head of the group) pairs per program
@@ -26,7 +26,7 @@ class Tuning:
 
 def default_tuning(layout: ArenaLayout) -> Tuning:
     if layout.quantized:
-        return Tuning(decode_stages=3)
+        return Tuning(decode_warps=2, programs_per_sm=6)
     if layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         return Tuning(decode_block=32)
     return Tuning()

@@ -27,7 +27,6 @@ from vllm_dms.config import DMSConfig
 
 LOG2_E = 1.0 / math.log(2.0)
 SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
-FEW_REQUESTS = 2
 PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
 
 
@@ -229,8 +228,9 @@ class TritonOps:
         self._check_heads("output", output, heads * self.group)
         schedule = self.schedule
         pad = triton.next_power_of_2(self.group)
-        # Rows of few requests are cut into many parts each: then more of them at once.
-        width = 4 if batch.num_reqs <= FEW_REQUESTS else 1
+        # Twice the parts of a row of average length: rows of few requests are cut into many.
+        parts = triton.next_power_of_2(2 * schedule.PROGRAMS // (batch.num_reqs * heads))
+        parts = min(max(parts, 4), tuning.merge_block)
         common = {"G": self.group, "OVERLAP": self.overlap, **self.launch}
         decode_kernel[(schedule.PROGRAMS,)](
             query, output, query.stride(0), output.stride(0), self._state_args(state), schedule,
@@ -241,7 +241,7 @@ class TritonOps:
         )  # fmt: skip
         merge_kernel[(schedule.PROGRAMS, self.group)](
             output, output.stride(0), schedule, layer, geo, **common,
-            BLOCK=width * tuning.merge_block, num_warps=width * tuning.merge_warps,
+            BLOCK=parts, num_warps=max(parts // 16, 1),
         )  # fmt: skip
 
     def _share_out(self, state: StateArgs, batch: BatchArgs, num_reqs: int) -> None:

@@ -177,8 +177,12 @@ def merge_kernel(
     begin = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
     last = tl.load(begin + 7)
     token_head = tl.load(begin + 5)
+    # Out of the way of programs that have work. Program 0 never has: it stays, so that this kernel
+    # does not end before the one that it follows.
+    if (last == 0) & (p > 0):
+        return
     wait_for_previous_kernel(OVERLAP)
-    if last == 0:
+    if p == 0:
         return
     offs_d = tl.arange(0, geo.D_PAD)
     mask_d = offs_d < geo.D

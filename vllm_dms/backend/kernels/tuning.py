@@ -15,8 +15,7 @@ class Tuning:
     decode_stages: int = 2
     programs_per_sm: int = 3  # of decode: as many as run at once
     programs: int = 0  # of decode in all, if not 0
-    merge_block: int = 16  # partial results of a row that are merged together
-    merge_warps: int = 1
+    merge_block: int = 64  # most partial results of a row that are merged together
     prefill_rows: int = 64  # (query token, head of the group) pairs per program
     prefill_block: int = 64  # keys per tile
     prefill_warps: int = 4

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from serving_results import Load, load_of
+
 PLOT_HASH = "vllm-dms-rows"  # key in the PNG of the hash of the rows it shows
 
 Row = dict[str, Any]
@@ -40,6 +42,7 @@ def plot(rows: list[Row], arm_names: dict[str, str], path: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="requests decoding at a context of 8K",
              ylabel="tokens/s", title="Decode throughput; last point: pool full")  # fmt: skip
     right.set(title="Requests of 8K held at once")
+    right.margins(y=0.1)
     if left.has_data():
         left.legend()
     for axes in (left, right):
@@ -51,12 +54,12 @@ def plot(rows: list[Row], arm_names: dict[str, str], path: Path) -> None:
 
 
 def newest(rows: list[Row], arm: str, workloads: tuple[str, ...]) -> list[Row]:
-    """The arm's rows of the workloads, each from the newest run that has it."""
+    """The arm's rows of the workloads, each load from the newest run that has it."""
     mine = [row for row in rows if row["arm"] == arm and row["workload"] in workloads]
-    last: dict[str, str] = {}
+    last: dict[Load, str] = {}
     for row in mine:
-        last[row["workload"]] = max(last.get(row["workload"], ""), row["run_id"])
-    return [row for row in mine if row["run_id"] == last[row["workload"]]]
+        last[load_of(row)] = max(last.get(load_of(row), ""), row["run_id"])
+    return [row for row in mine if row["run_id"] == last[load_of(row)]]
 
 
 def plot_is_current(rows: list[Row], path: Path) -> bool:

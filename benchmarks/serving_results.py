@@ -108,29 +108,40 @@ def first_error(log: Path) -> str:
     return found.group()[:400] if found else f"see {log.name}"
 
 
+# Workloads whose concurrency is a result.
+UNTIL_FULL = ("saturated-8k", "capacity-8k")
+Load = tuple[str, int | None]
+
+
+def load_of(row: Row) -> Load:
+    """Workload, and concurrency where it is set."""
+    workload = row["workload"]
+    return workload, None if workload in UNTIL_FULL else row["concurrency"]
+
+
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Rows of both; of a workload, an older run goes when a newer one covers all of its arms. So
-    arms that were measured side by side stay together."""
+    """Rows of both; of a load, an older run goes when a newer one covers all of its arms. So arms
+    that were measured side by side stay together."""
     new = list(new)
     measured = _arms(new)
     kept = []
     old = [r for r in old if r["run_id"] not in {n["run_id"] for n in new}]
     arms_of_old = _arms(old)
     for row in old:
-        key = (row["run_id"], row["workload"])
+        load = load_of(row)
         replaced = any(
-            workload == row["workload"] and arms_of_old[key] <= arms
-            for (_, workload), arms in measured.items()
+            of == load and arms_of_old[row["run_id"], load] <= arms
+            for (_, of), arms in measured.items()
         )
         if not replaced:
             kept.append(row)
     return sorted(kept + new, key=lambda r: (r["workload"], r["run_id"], r["concurrency"]))
 
 
-def _arms(rows: Iterable[Row]) -> dict[tuple[str, str], set[str]]:
-    arms: dict[tuple[str, str], set[str]] = {}
+def _arms(rows: Iterable[Row]) -> dict[tuple[str, Load], set[str]]:
+    arms: dict[tuple[str, Load], set[str]] = {}
     for row in rows:
-        arms.setdefault((row["run_id"], row["workload"]), set()).add(row["arm"])
+        arms.setdefault((row["run_id"], load_of(row)), set()).add(row["arm"])
     return arms
 
 

@@ -30,6 +30,15 @@ def test_rows_that_were_measured_side_by_side_stay_together():
     assert serving_results.merge(old, new) == [*old, *new]
 
 
+def test_a_run_that_was_cut_short_replaces_the_loads_that_it_has():
+    few, many = {"concurrency": 8}, {"concurrency": 64}
+    old = [row("1", arm, **load) for load in (few, many) for arm in ("fp8", "dms_fp8")]
+    new = [row("2", arm, **few) for arm in ("fp8", "dms_fp8")]
+    assert serving_results.merge(old, new) == [*old[2:], *new]
+    until_full = [row(run, "fp8", "saturated-8k", concurrency=int(run)) for run in ("90", "95")]
+    assert serving_results.merge(until_full[:1], until_full[1:]) == until_full[1:]
+
+
 class Runs:
     """Runs of bench_serving whose engines are not started: each gives a row at once."""
 

@@ -7,18 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_exact import NOISE, engine_args, prompts
 
 from vllm_dms.reference import ReferenceModel
 
 
-@pytest.mark.parametrize("dialect", ["nvidia-adapter"])
-def test_two_spawned_workers_are_exact(checkpoint, tmp_path, dialect):
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two workers need two GPUs")
+@pytest.mark.parametrize("dialect", ["nvidia-adapter", "nvidia-borrowed"])
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_two_spawned_workers_are_exact(checkpoint, tmp_path, dialect, eager):
     """The adapter is computed on every rank; each keeps its own head; reports are merged."""
     path = checkpoint(dialect)
     job = {
         "model": str(path),
-        "args": engine_args(96, tensor_parallel_size=2, enforce_eager=True),
+        "args": engine_args(
+            96, tensor_parallel_size=2, enforce_eager=eager, gpu_memory_utilization=0.5
+        ),
         "prompts": prompts((30, 250, 600)),
         "max_tokens": 24,
     }

@@ -131,6 +131,11 @@ def test_fp8_storage(chunks):
     check_against_plain(layout, make_config(8), 2, (60, 45), chunks)
 
 
+def test_fp8_storage_of_an_odd_shape():
+    layout = make_layout(8, head_dim=80, page_size=16, dtype=FP8_DTYPE, layers=1)
+    check_against_plain(layout, make_config(8), 3, (55, 34), (20, 1, 1))
+
+
 def test_the_report_equals_the_plain_one():
     layout = make_layout(7, heads=3)
     harness, _ = run(triton_ops(layout, 2), layout, make_config(7), 2, (30, 55), (20, 1))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+# Triton's interpreter rounds otherwise than a GPU, and has no inline assembly.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 NO_SCORE = tl.constexpr(-1.0e30)  # finite, so that exp2 of a difference is never NaN
 
 
@@ -158,6 +160,15 @@ def quantize(x):
     # Below 2**-6 e4m3 is a grid of step 2**-9, which is float32's step at 24576.
     x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, round_mantissa(x, 20))
     return x.to(tl.float8e4nv), scale
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """e4m3 -> dtype, exactly. The interpreter's own cast makes 480 of NaN."""
+    wide = x.to(dtype)
+    if INTERPRETED:
+        wide = tl.where((x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), wide)
+    return wide
 
 
 @triton.jit

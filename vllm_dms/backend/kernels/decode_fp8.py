@@ -8,10 +8,14 @@ and even and odd channels go through products of their own.
 import triton
 import triton.language as tl
 
-from vllm_dms.backend.kernels.common import NO_SCORE, scale_offset, slot_offset, tile_pages
-
-# Triton's interpreter has no inline assembly.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from vllm_dms.backend.kernels.common import (
+    INTERPRETED,
+    NO_SCORE,
+    scale_offset,
+    slot_offset,
+    tile_pages,
+    widen,
+)
 
 
 @triton.jit
@@ -20,7 +24,7 @@ def widen_pairs(pairs):
     if INTERPRETED:
         low = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         high = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        return low.to(tl.float16), high.to(tl.float16)
+        return widen(low, tl.float16), widen(high, tl.float16)
     else:
         # Two pairs to a register: first gathered, low and high ones, then widened.
         return tl.inline_asm_elementwise(

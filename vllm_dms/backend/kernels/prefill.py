@@ -17,6 +17,7 @@ from vllm_dms.backend.kernels.common import (
     row_index,
     scale_offset,
     slot_offset,
+    widen,
 )
 
 
@@ -53,8 +54,8 @@ def load_slots(state, page, slot, mask, dtype: tl.constexpr, geo, MASKED: tl.con
         scale_ptr = state.scales + scale_offset(page, slot, geo)
         k_scale = tl.load(scale_ptr, mask=mask, other=0.0).to(tl.float32)
         v_scale = tl.load(scale_ptr + 1, mask=mask, other=0.0).to(tl.float32)
-        k = k.to(tl.float32) * k_scale[:, None]
-        v = v.to(tl.float32) * v_scale[:, None]
+        k = widen(k, tl.float32) * k_scale[:, None]
+        v = widen(v, tl.float32) * v_scale[:, None]
     return k.to(dtype), v.to(dtype)
 
 

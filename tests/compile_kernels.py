@@ -1,10 +1,11 @@
-"""Compile every kernel for a Hopper GPU, without one: `test_compile` runs this in a process of its
-own, because a process either interprets kernels or compiles them.
+"""Compile every kernel for a GPU, without one: `test_compile` runs this in a process of its own,
+because a process either interprets kernels or compiles them.
 
-    python tests/compile_kernels.py DTYPE HEAD_DIM GROUP    (DTYPE: bfloat16, float8_e4m3fn, ...)
+    python tests/compile_kernels.py DTYPE HEAD_DIM GROUP CAPABILITY
 
-Prints one line of JSON: for each kernel the registers of a thread, and the bytes of a thread's
-stack, where what does not fit in registers would go.
+DTYPE: bfloat16, float8_e4m3fn, ...; CAPABILITY: 90 for Hopper, ... Prints one line of JSON: for
+each kernel the registers of a thread, the bytes of a thread's stack, where what does not fit in
+registers would go, and the bytes of a program's shared memory.
 """
 
 import json
@@ -26,12 +27,14 @@ from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
-HOPPER = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class NoGPU:
     """What the compiler asks a driver for."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self):
         return 0
@@ -40,23 +43,24 @@ class NoGPU:
         return 0
 
     def get_current_target(self):
-        return HOPPER
+        return self.target
 
     def get_active_torch_device(self):
         return torch.device("cpu")
 
 
 def usage(kernel):
-    """(registers, bytes of stack) of a thread"""
+    """Registers and bytes of stack of a thread, bytes of shared memory"""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [TOOLS / "cuobjdump", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups()]
+    of_thread = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return [*map(int, of_thread), kernel.metadata.shared]
 
 
-def run_all(dtype, head_dim, group):
+def run_all(dtype, head_dim, group, overlap):
     plain = torch.bfloat16 if dtype.itemsize == 1 else dtype
     layout = ArenaLayout(
         num_layers=2,
@@ -69,7 +73,7 @@ def run_all(dtype, head_dim, group):
         max_model_len=1024,
     )
     ops = TritonOps(layout, 64, 4, 2 * group, "cpu")
-    ops.overlap, ops.launch = True, {"launch_pdl": True}
+    ops.overlap, ops.launch = overlap, {"launch_pdl": True} if overlap else {}
     state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
     config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
     batch = Batch(
@@ -92,7 +96,7 @@ def run_all(dtype, head_dim, group):
     launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
 
 
-def main(name, head_dim, group):
+def main(name, head_dim, group, capability):
     found = {}
 
     def compile_only(kernel, grid):
@@ -101,9 +105,9 @@ def main(name, head_dim, group):
 
         return launch
 
-    driver.set_active(NoGPU())
+    driver.set_active(NoGPU(int(capability)))
     JITFunction.__getitem__ = compile_only
-    run_all(getattr(torch, name), int(head_dim), int(group))
+    run_all(getattr(torch, name), int(head_dim), int(group), overlap=int(capability) >= 90)
     print(json.dumps(found))
 
 

@@ -9,6 +9,9 @@ from checkpoints import make_checkpoint, random_tokens
 from safetensors.torch import load_file, save_file
 from test_exact import engine_args, generate, sampling
 
+from vllm_dms import gates
+from vllm_dms.config import DMSConfig
+
 
 def engine_config(path, **kwargs):
     from vllm.engine.arg_utils import EngineArgs
@@ -62,6 +65,22 @@ def test_what_is_not_supported_is_refused_by_name(checkpoint, name):
     flags, setting = REFUSED[name]
     with pytest.raises(ValueError, match=re.escape(setting)):
         engine_config(checkpoint("nvidia-borrowed"), **flags)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "refused"),
+    [("dms_fp8", 80, True), ("dms_fp8", 89, False), ("dms", 80, False)],
+)
+def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability, refused):
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"), kv_cache_dtype=dtype)
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    vllm_config.kv_transfer_config = None  # the plugin's own
+    monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(
+        gates.current_platform, "has_device_capability", lambda needed: capability >= needed
+    )
+    texts = gates._refusals(vllm_config, config)
+    assert any("dms_fp8" in text for text in texts) == refused
 
 
 @pytest.mark.parametrize(

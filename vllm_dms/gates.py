@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
 from vllm_dms.compat import check_hooks, check_vllm_version
@@ -106,6 +107,13 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         "their own FP8 format. Use a checkpoint without kv_cache_scheme.": _fp8_kv(hf_config),
         'kernels is "triton", but this platform has no CUDA device. Use "auto" or "torch".': (
             config.kernels == "triton" and vllm_config.device_config.device_type != "cuda"
+        ),
+        "--kv-cache-dtype dms_fp8 needs a GPU that converts FP8 itself: compute capability 8.9 "
+        "(Ada, Hopper) or newer. Use --kv-cache-dtype dms.": (
+            config.storage == "fp8"
+            and config.kernels != "torch"
+            and vllm_config.device_config.device_type == "cuda"
+            and not current_platform.has_device_capability(89)
         ),
     }
     return [text for text, is_set in checks.items() if is_set]

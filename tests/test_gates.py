@@ -83,6 +83,14 @@ def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability,
     assert any("dms_fp8" in text for text in texts) == refused
 
 
+def test_other_platforms_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(gates.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(gates.current_platform, "is_cuda", lambda: False)
+    vllm_config = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
+    config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
+    assert any("NVIDIA GPUs" in text for text in gates._refusals(vllm_config, config))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

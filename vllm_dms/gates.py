@@ -108,6 +108,10 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         'kernels is "triton", but this platform has no CUDA device. Use "auto" or "torch".': (
             config.kernels == "triton" and vllm_config.device_config.device_type != "cuda"
         ),
+        f"the platform is {current_platform.device_name}, but DMS is built for NVIDIA GPUs and "
+        "CPUs only. Serve this model with --kv-cache-dtype auto.": not (
+            current_platform.is_cuda() or current_platform.is_cpu()
+        ),
         "--kv-cache-dtype dms_fp8 needs a GPU that converts FP8 itself: compute capability 8.9 "
         "(Ada, Hopper) or newer. Use --kv-cache-dtype dms.": (
             config.storage == "fp8"

@@ -15,7 +15,9 @@ import argparse
 import itertools
 import json
 import random
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +28,7 @@ from kernel_arena import GROUP, HEADS, WINDOW, Arena
 from triton.runtime.errors import TritonError
 
 from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
+from vllm_dms.backend.torch_ops import TorchOps
 
 REPLAYS = 30
 BATCHES = (1, 8, 32, 64, 128, 256, 480)
@@ -87,9 +90,17 @@ def gate(name: str, value: float, limit: float = 1e-2) -> None:
         raise SystemExit(f"{name}: relative error {value:.2e} is not below {limit:.0e}; not timed")
 
 
+def gate_store(name: str, arena: Arena) -> None:
+    """Stores copy, round and decide: nothing to be tolerated."""
+    found, exact = (arena.stored_rows(ops, 0) for ops in (arena.ops, TorchOps()))
+    if not all(torch.equal(a, b) for a, b in zip(found, exact, strict=True)):
+        raise SystemExit(f"{name}: not what the plain operations store; not timed")
+
+
 def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict:
     """Microseconds per layer of store and decode for ``batch`` requests with one token each."""
     arena = Arena(STORAGE[storage], batch, chunk=1, stored=8191, tuning=tuning)
+    gate_store(f"store {storage} B={batch}", arena)
     arena.store(0)
     arena.decode(0)
     gate(f"decode {storage} B={batch}", error(*arena.decoded_rows(0)))
@@ -104,6 +115,9 @@ def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict
     first = time_graph(lambda: arena.decode(0))
     live = arena.saved_live[1 : batch + 1, 1:].float()
     num_bytes = live.sum().item() / len(layers) * arena.layout.slot_bytes
+    arena.restore()
+    arena.store(0)
+    moved = arena.bytes_moved(0)
     return {
         "kernel": "decode",
         "storage": storage,
@@ -113,6 +127,7 @@ def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict
         "megabytes": round(num_bytes / 1e6, 2),
         "decode_us": round(decode, 2),
         "store_us": round(store, 2),
+        "store_megabytes": round(moved["store"] / 1e6, 2),
         "both_us": round(both, 2),
         "schedule_us": round(max(first - decode, 0.0), 2),
         "bytes_per_s": num_bytes / (decode * 1e-6),
@@ -122,10 +137,12 @@ def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict
 def bench_prefill(storage: str, chunk: int, stored: int, tuning: Tuning | None = None) -> dict:
     """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens."""
     arena = Arena(STORAGE[storage], 1, chunk, stored, tuning=tuning)
+    gate_store(f"store {storage} {chunk} after {stored}", arena)
     arena.store(0)
     arena.prefill(0)
     gate(f"prefill {storage} {chunk} after {stored}", error(*arena.prefilled_rows(0)), 2e-2)
     scores = arena.visible_pairs() * GROUP  # query heads times keys that they see
+    moved = arena.bytes_moved(0)
     prefill = time_graph(lambda: arena.prefill(0), replays=10)
 
     def store() -> None:  # from the same state each time
@@ -143,6 +160,7 @@ def bench_prefill(storage: str, chunk: int, stored: int, tuning: Tuning | None =
         "store_window_us": round(time_graph(lambda: arena.store_window(0), replays=10), 2),
         "keys_per_query": round(scores / (chunk * HEADS * GROUP), 1),
         "tflop_per_s": round(4 * scores * arena.layout.head_dim / prefill / 1e6, 1),
+        **{f"{name}_megabytes": round(num_bytes / 1e6, 2) for name, num_bytes in moved.items()},
     }
 
 
@@ -194,14 +212,23 @@ def tune(kinds: list[str], storages: list[str], seconds: float) -> list[dict]:
     return rows
 
 
-def print_row(row: dict, copy: float) -> None:
-    if row["kernel"] == "decode":
+def add_shares(row: dict, copy: float) -> None:
+    """Of the copy bandwidth, for each kernel with time and bytes."""
+    if "bytes_per_s" in row:
         row["share_of_copy"] = round(row["bytes_per_s"] / copy, 3)
+    for name in ("store", "store_window", "prefill"):
+        if f"{name}_megabytes" in row:
+            seconds = max(row[f"{name}_us"], 0.01) * 1e-6
+            row[f"{name}_share"] = round(row[f"{name}_megabytes"] * 1e6 / seconds / copy, 3)
+
+
+def print_row(row: dict) -> None:
+    if row["kernel"] == "decode":
         print(
             f"decode {row['storage']:5} B={row['batch']:<4} live {row['mean_live']:7.1f} "
             f"(max {row['max_live']}) {row['megabytes']:8.1f} MB  decode {row['decode_us']:8.2f} "
             f"us {row['bytes_per_s'] / 1e12:5.2f} TB/s {row['share_of_copy']:6.1%} of copy  "
-            f"store {row['store_us']:6.2f}  both {row['both_us']:8.2f}  "
+            f"store {row['store_us']:6.2f} ({row['store_share']:.1%})  both {row['both_us']:8.2f}  "
             f"schedule {row['schedule_us']:5.2f}",
             flush=True,
         )
@@ -209,8 +236,9 @@ def print_row(row: dict, copy: float) -> None:
         print(
             f"prefill {row['storage']:5} {row['chunk']:5} after {row['stored']:<6} "
             f"{row['keys_per_query']:7.1f} keys  prefill {row['prefill_us']:9.2f} us "
-            f"{row['tflop_per_s']:6.1f} TFLOP/s  store {row['store_us']:7.2f}  "
-            f"store_window {row['store_window_us']:6.2f}",
+            f"{row['tflop_per_s']:6.1f} TFLOP/s  store {row['store_us']:7.2f} "
+            f"({row['store_share']:.1%})  store_window {row['store_window_us']:6.2f} "
+            f"({row['store_window_share']:.1%})",
             flush=True,
         )
 
@@ -223,6 +251,7 @@ def main() -> None:
     parser.add_argument("--tune", nargs="+", choices=TUNING_GRIDS)
     parser.add_argument("--seconds", type=float, default=150, help="time for --tune")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", help="where there is no .git to ask")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -235,16 +264,19 @@ def main() -> None:
         for storage in args.storage:
             for batch in args.batches:
                 rows.append(bench_decode(storage, batch))
-                print_row(rows[-1], copy)
+                add_shares(rows[-1], copy)
+                print_row(rows[-1])
             for chunk, stored in () if args.no_prefill else PREFILLS:
                 rows.append(bench_prefill(storage, chunk, stored))
-                print_row(rows[-1], copy)
+                add_shares(rows[-1], copy)
+                print_row(rows[-1])
     if args.json:
         from serving_results import git_commit, gpu_name, version_of
 
         about = {
+            "command": shlex.join(["python", *sys.argv]),
             "gpu": gpu_name(),
-            "commit": git_commit(Path(__file__).parent),
+            "commit": args.commit or git_commit(Path(__file__).parent),
             "versions": {name: version_of(name) for name in ("torch", "triton")},
             "copy_bytes_per_s": copy,
         }

@@ -1,8 +1,11 @@
 """A full arena for `bench_kernels`, built directly, without feeding thousands of tokens."""
 
+from dataclasses import replace
+
 import torch
 
 from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.triton_ops import TritonOps, Tuning
@@ -75,8 +78,8 @@ class Arena:
         most = pages.flatten(1).sum(1) + layout.num_rows * -(-headroom // PAGE)
         num_blocks = -(-most // layout.pages_per_block)
         total = 1 + int(num_blocks.sum())
-        raw = torch.empty(total * layout.block_bytes, dtype=torch.uint8, device=device)
-        self.state = state = allocate_state(raw, layout, total, batch)
+        self.raw = torch.empty(total * layout.block_bytes, dtype=torch.uint8, device=device)
+        self.state = state = allocate_state(self.raw, layout, total, batch)
         for part in (state.k_pages, state.v_pages):
             for piece in part.split(1 << 14):
                 piece.copy_(torch.randn_like(piece, dtype=torch.bfloat16))
@@ -155,20 +158,53 @@ class Arena:
     def _against_plain(
         self, num_reqs: int, name: str, layer: int, query: torch.Tensor, *kv: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = slice(num_reqs * self.chunk)
-        some = Batch(
-            num_reqs=num_reqs,
-            num_tokens=rows.stop,
-            max_query_len=self.chunk,
-            block_table=self.batch.block_table,
-            query_start=self.batch.query_start,
-            seq_lens=self.batch.seq_lens,
-            scratch=self.batch.scratch,
-        )
+        some = self._first(num_reqs)
         exact = torch.full(self.output.shape, float("nan"), device=self.device)
         attend = getattr(TorchOps(), name)
         attend(self.state, some, layer, query.float(), *kv, exact, SCALE)
-        return self.output[rows], exact[rows]
+        return self.output[: some.num_tokens], exact[: some.num_tokens]
+
+    def _first(self, num_reqs: int) -> Batch:
+        return replace(self.batch, num_reqs=num_reqs, num_tokens=num_reqs * self.chunk)
+
+    def stored_rows(self, ops: Ops, layer: int) -> list[torch.Tensor]:
+        """All slots and decisions of the layer's rows of up to 8 requests, as ``ops`` would leave
+        them: the state stays as it is."""
+        state, some = self.state, self._first(min(8, self.batch.num_reqs))
+        changed = (self.raw, state.live, state.pages_used, state.page_table, state.evict_ring)
+        saved = [tensor.clone() for tensor in changed]
+        ops.store(state, some, self.config, layer, self.key, self.value, self.alpha)
+        if self.chunk > 1:
+            ops.store_window(state, some, layer, self.key, self.value)
+        parts = (state.k_pages, state.v_pages, state.k_scales, state.v_scales)
+        parts = [part for part in parts if part is not None]
+        rows = [state.evict_ring[1 : some.num_reqs + 1, layer].clone()]
+        for index in range(1, some.num_reqs + 1):
+            for head in range(HEADS):
+                slot = torch.arange(int(state.live[index, layer, head]), device=self.device)
+                page = state.page_table[index, layer, head, slot // PAGE].long()
+                rows += [part[page, slot % PAGE].float() for part in parts]
+        for tensor, before in zip(changed, saved, strict=True):
+            tensor.copy_(before)
+        return rows
+
+    def bytes_moved(self, layer: int) -> dict[str, int]:
+        """By kernel, reading and writing everything once; after `store` of the layer."""
+        layout, num_reqs = self.layout, self.batch.num_reqs
+        token, slot = 2 * HEAD_DIM * self.key.element_size(), layout.slot_bytes
+        before, after = (min(n, layout.ring_size) for n in (self.stored, self.stored + self.chunk))
+        live, saved = (x[1 : num_reqs + 1, layer] for x in (self.state.live, self.saved_live))
+        survivors = int((live - saved).sum()) - (after - before) * HEADS * num_reqs
+        window = min(self.chunk, layout.ring_size) * HEADS * num_reqs * (token + slot)
+        if self.chunk == 1:
+            return {"store": window + survivors * 2 * slot}
+        chunk = self.batch.num_tokens * HEADS * token
+        queries = 2 * self.query.numel() * self.query.element_size()
+        return {
+            "store": survivors * (token + slot),
+            "store_window": window,
+            "prefill": queries + chunk + int(saved.sum()) * slot,
+        }
 
     def visible_pairs(self) -> int:
         """Keys that all query tokens of all KV heads see, after `store` of a chunk."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
@@ -17,7 +18,9 @@ from vllm.v1.engine import (
 from vllm.v1.metrics.stats import SchedulerStats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench_kernels
 import bench_serving
+from kernel_arena import Arena
 from serving_driver import Driver, OutOfTimeError, Step, Window, quiet_tail
 from serving_plan import FIGURES, WORKLOADS, Plan
 from serving_workloads import MEASURING_SECONDS, Bench, held_when_full, mean_running
@@ -191,3 +194,30 @@ def test_graphs_cover_every_batch_that_can_run():
     assert bench_serving.capture_sizes(1024)[-1] == 1024
     assert bench_serving.capture_sizes(256)[-2:] == [248, 256]
     assert bench_serving.capture_sizes(5) == [1, 2, 4, 5]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's run of bench_kernels does this")
+@pytest.mark.parametrize("storage", bench_kernels.STORAGE)
+@pytest.mark.parametrize(("chunk", "stored"), [(1, 600), (40, 600), (40, 0)])
+def test_stores_are_gated_and_what_they_move_is_counted(monkeypatch, storage, chunk, stored):
+    arena = Arena(bench_kernels.STORAGE[storage], 2, chunk, stored, num_layers=1, device="cpu")
+    before = arena.raw.clone()
+    bench_kernels.gate_store("store", arena)
+    assert torch.equal(arena.raw, before) and torch.equal(arena.state.live, arena.saved_live)
+
+    arena.store(0)
+    moved, rows = arena.bytes_moved(0), 2 * 8
+    slot = 512 if storage == "bf16" else 2 * (128 + 2)
+    kept = int(arena.state.live.sum() - arena.saved_live.sum()) - (0 if stored else rows * chunk)
+    if chunk == 1:
+        assert moved == {"store": rows * (512 + slot) + kept * 2 * slot}
+    else:
+        assert moved["store"] == kept * (512 + slot)
+        assert moved["store_window"] == rows * chunk * (512 + slot)
+        stored_slots = int(arena.saved_live.sum())
+        assert moved["prefill"] == 2 * chunk * (8 * 512 + 2 * 32 * 256) + stored_slots * slot
+
+    arena.restore()
+    monkeypatch.setattr(bench_kernels.TorchOps, "store", lambda *args: None)
+    with pytest.raises(SystemExit, match="not timed"):
+        bench_kernels.gate_store("store", arena)

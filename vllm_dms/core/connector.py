@@ -67,6 +67,10 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         blocks = self._manager.num_usable_blocks
         logger.info("%s", banner(self._manager.spec, self._config, blocks, model_len))
 
+    def on_new_request(self, request: Request) -> None:
+        if request.resumable:
+            self._manager.one_step_at_a_time.add(request.request_id)
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:

@@ -81,6 +81,10 @@ class Ledger:
         self.held[state] = 0
         self._free.append(state)
 
+    def in_flight(self, state: int) -> bool:
+        """Whether a step of the request was scheduled and is not reported yet."""
+        return self.scheduled_end.item(state) > self.reported_end.item(state)
+
     def required_one(self, state: int, end: int) -> int:
         """Blocks needed so that ``state`` can run up to ``end`` tokens."""
         ahead = end - self.reported_end.item(state)

@@ -46,6 +46,10 @@ class DMSManager(SingleTypeKVCacheManager):
         # What preempted requests had kept: the average says little about when they fit again.
         self._own_fraction: dict[str, float] = {}
         self._finishing: set[str] = set()
+        # Requests with streaming input: when a turn stops, vLLM takes back the step it scheduled
+        # ahead, whose token can't be taken out of the arena again. So there is none.
+        self.one_step_at_a_time: set[str] = set()
+        self._paused = False
 
     # The scheduler's calls.
 
@@ -66,6 +70,9 @@ class DMSManager(SingleTypeKVCacheManager):
         state = self.states.get(request_id)
         if state is not None and not apply_admission_cap:
             ledger = self.ledger
+            if request_id in self.one_step_at_a_time and ledger.in_flight(state):
+                self._paused = True
+                return self.block_pool.num_gpu_blocks  # more than there can be: not now
             if num_tokens <= ledger.read_safe_end[state]:
                 return 0
             needed = ledger.required_one(state, num_tokens)
@@ -193,7 +200,10 @@ class DMSManager(SingleTypeKVCacheManager):
             self.returned_blocks += len(tail)
 
     def should_wait(self) -> bool:
-        """Whether the running request that just found too few blocks is left be; see `shortage`."""
+        """Whether the running request that just got no blocks is left be; see `shortage`."""
+        if self._paused:
+            self._paused = False
+            return True
         wait = self.shortages.should_wait(self.num_usable_blocks)
         # While anyone waits, nobody is admitted.
         self._admit = not wait
@@ -205,6 +215,7 @@ class DMSManager(SingleTypeKVCacheManager):
 
     def request_finishes(self, request_id: str) -> None:
         """Its blocks are about to be freed for good, not because it is preempted."""
+        self.one_step_at_a_time.discard(request_id)
         self._finishing.add(request_id)
 
 

@@ -55,8 +55,7 @@ class Shortages:
         request_id, state, first_block, needed, missing = self._last
         ledger = self._ledger
         if needed > num_usable_blocks:
-            report_due = ledger.scheduled_end[state] > ledger.reported_end[state]
-            if not report_due and request_id not in self.condemned:
+            if not ledger.in_flight(state) and request_id not in self.condemned:
                 self.condemned.add(request_id)
                 self._to_fail.append(first_block)
                 self._explain(self._last, num_usable_blocks)

@@ -83,6 +83,30 @@ def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability,
     assert any("dms_fp8" in text for text in texts) == refused
 
 
+def test_an_allocator_that_vllm_refuses_with_connectors_is_named(checkpoint, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(ValueError, match=r"PYTORCH_CUDA_ALLOC_CONF.*Unset it"):
+        engine_config(checkpoint("nvidia-borrowed"))
+
+
+def test_settings_copied_from_a_configured_engine_need_the_flag_too(checkpoint):
+    configured = engine_config(checkpoint("nvidia-borrowed")).additional_config
+    with pytest.raises(ValueError, match="no effect"):
+        engine_config(
+            checkpoint("nvidia-borrowed"), kv_cache_dtype="auto", additional_config=configured
+        )
+
+
+def test_weights_can_be_updated_in_chunks(checkpoint, make_engine):
+    llm = make_engine(checkpoint("nvidia-adapter"), kv_cache_dtype="dms")
+
+    def update(model):
+        name, weight = next((n, p) for n, p in model.named_parameters() if "o_proj" in n)
+        assert model.load_weights([(name, weight.detach().clone())]) == {name}
+
+    llm.apply_model(update)
+
+
 def test_other_platforms_are_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(gates.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(gates.current_platform, "is_cuda", lambda: False)

@@ -4,6 +4,7 @@
 processes receive its result with the pickled config. It may run again on a copy of a config.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "DMSLlamaForCausalLM",
     "LlamaForCausalLMDMS": "DMSLlamaForCausalLM",
 }
+CONNECTOR = "DMSConnector"
 # vLLM's own list plus ours; set before vLLM fills in its default.
 ATTENTION_OP = "vllm_dms::attention"
 
@@ -76,6 +78,11 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         ),
         "--ec-transfer-config is set, which is not tested with DMS. Remove it.": (
             vllm_config.ec_transfer_config
+        ),
+        "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, which vLLM refuses with any KV "
+        "connector, and DMS is one for vLLM. Unset it.": (
+            "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+            and not model.enable_cumem_allocator
         ),
         "--kv-offloading-size is set, but DMS pages can't be offloaded. Remove it.": (
             cache.kv_offloading_size
@@ -147,7 +154,7 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
     cache.cache_dtype = "auto"
     vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}
     vllm_config.kv_transfer_config = KVTransferConfig(
-        kv_connector="DMSConnector",
+        kv_connector=CONNECTOR,
         kv_connector_module_path="vllm_dms.core.connector",
         # How a request that can never go on is ended; see `core.connector`.
         kv_load_failure_policy="fail",
@@ -175,7 +182,8 @@ def _select_model(vllm_config: VllmConfig) -> None:
 
 def _warn_if_dense(vllm_config: VllmConfig) -> None:
     model, overrides = vllm_config.model_config, vllm_config.additional_config.get("dms")
-    if isinstance(overrides, dict) and "dialect" in overrides:
+    connector = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
+    if connector == CONNECTOR and isinstance(overrides, dict) and "dialect" in overrides:
         return  # configured already
     if overrides is not None:
         raise ValueError(

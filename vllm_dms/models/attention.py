@@ -106,9 +106,13 @@ class DMSWeights:
     """Mixin of the model classes: adapter weights are complete, wanted, or refused by name."""
 
     dms_config: DMSConfig | None
+    # Until the checkpoint was loaded. Later calls may bring a few weights: vLLM updates in chunks.
+    dms_weights_due: bool
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         checked = check_dms_weights(weights, self.dms_config)
         loaded = super().load_weights(checked)  # type: ignore[misc]
-        require_dms_weights(cast(nn.Module, self), loaded, self.dms_config)
+        if self.dms_weights_due:
+            require_dms_weights(cast(nn.Module, self), loaded, self.dms_config)
+            self.dms_weights_due = False
         return loaded

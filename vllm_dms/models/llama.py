@@ -43,4 +43,5 @@ class DMSLlamaDecoderLayer(llama.LlamaDecoderLayer):
 class DMSLlamaForCausalLM(DMSWeights, llama.LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.dms_config = dms_config(vllm_config)
+        self.dms_weights_due = vllm_config.load_config.load_format != "dummy"
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DMSLlamaDecoderLayer)

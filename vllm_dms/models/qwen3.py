@@ -90,6 +90,7 @@ class DMSQwen3ForCausalLM(DMSWeights, qwen3.Qwen3ForCausalLM):
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
         self.dms_config = dms_config(vllm_config)
+        self.dms_weights_due = vllm_config.load_config.load_format != "dummy"
         self.model = DMSQwen3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,

@@ -24,7 +24,7 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of a program, by compute ca
     ("dtype", "head_dim", "group", "capability"),
     [
         ("bfloat16", 128, 4, 90),
-        ("bfloat16", 256, 2, 90),
+        ("bfloat16", 256, 2, 89),
         ("float16", 64, 1, 90),
         ("float8_e4m3fn", 128, 8, 90),
         ("float8_e4m3fn", 80, 2, 90),

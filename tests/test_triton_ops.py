@@ -165,6 +165,23 @@ def test_a_program_ends_one_row_and_begins_another(programs):
     check_against_plain(make_layout(4, heads=3), config, 2, (49, 49, 49), (48,), tuning=tuning)
 
 
+def test_idle_programs_look_at_tiles_that_exist():
+    """Many rows, the last ones of a low state index, then few: most programs have no work."""
+    layout, config = make_layout(4, heads=1, layers=1), make_config(4, evict=False)
+    ops = triton_ops(layout, 2)
+    harness = Harness(ops, config, layout, 6, max_tokens=1024, device=DEVICE)
+    seqs = [Sequence(150, layout, 2, 0.5, seed=i, device=DEVICE) for i in range(6)]
+    for index in reversed(range(6)):
+        harness.start(index)
+    harness.step([(i, seq, 140) for i, seq in reversed(list(enumerate(seqs)))])
+    harness.step([(i, seq, 1) for i, seq in reversed(list(enumerate(seqs)))])
+    seq = Sequence(5, layout, 2, 0.5, seed=9, device=DEVICE)
+    harness.start(5)
+    harness.step([(5, seq, 1)])
+    begin = ops.schedule.begin
+    assert (begin[..., 0] >= begin[..., 3]).all(), "a tile before the row's first"
+
+
 def test_only_padding_leaves_no_trace():
     layout, config = make_layout(4), make_config(4)
     harness = Harness(triton_ops(layout, 2), config, layout, 2, device=DEVICE)

@@ -152,7 +152,8 @@ def schedule_kernel(
     tl.store(out, tile, mask=mask)
     tl.store(out + 1, stop, mask=mask)
     tl.store(out + 2, i, mask=busy)
-    tl.store(out + 3, row_begin, mask=busy)
+    # An idle program looks at the first tile of whatever row it had last: one that exists.
+    tl.store(out + 3, tl.where(busy, row_begin, tile), mask=mask)
     tl.store(out + 4, row_end, mask=busy)
     tl.store(out + 5, tl.load(schedule.row_query + i, mask=busy), mask=busy)
     tl.store(out + 6, tl.load(schedule.row_state + i, mask=busy), mask=busy)

@@ -1,6 +1,6 @@
 """Launch parameters of the kernels, chosen on an H200 (`bench_kernels.py --tune` searches)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_dms.backend.layout import ArenaLayout
 
@@ -24,8 +24,11 @@ class Tuning:
 
 
 def default_tuning(layout: ArenaLayout) -> Tuning:
+    tuning = Tuning()
     if layout.quantized:
-        return Tuning(decode_warps=2, programs_per_sm=6)
-    if layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
-        return Tuning(decode_block=32)
-    return Tuning()
+        tuning = Tuning(decode_warps=2, programs_per_sm=6)
+    elif layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
+        tuning = Tuning(decode_block=32)
+    if layout.head_dim > 128:  # to fit the shared memory of GPUs before Hopper
+        tuning = replace(tuning, prefill_block=32, prefill_stages=2)
+    return tuning

@@ -75,8 +75,8 @@ class Arena:
         left = max(0, self.stored - layout.ring_size)
         live = (rates.clamp(max=1.0) * left).long() + min(self.stored, layout.ring_size)
         pages = -(-live // PAGE)  # [batch, L, H]
-        most = pages.flatten(1).sum(1) + layout.num_rows * -(-headroom // PAGE)
-        num_blocks = -(-most // layout.pages_per_block)
+        most = (pages + -(-headroom // PAGE)).clamp(max=layout.max_pages_per_row)
+        num_blocks = -(-most.flatten(1).sum(1) // layout.pages_per_block)
         total = 1 + int(num_blocks.sum())
         self.raw = torch.empty(total * layout.block_bytes, dtype=torch.uint8, device=device)
         self.state = state = allocate_state(self.raw, layout, total, batch)

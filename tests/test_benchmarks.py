@@ -196,10 +196,21 @@ def test_graphs_cover_every_batch_that_can_run():
     assert bench_serving.capture_sizes(5) == [1, 2, 4, 5]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_an_arena_is_made_at_every_draw_of_rates(seed):
+    """A row that keeps all it is given needs every page of a request's longest length."""
+    torch.manual_seed(seed)
+    for chunk, stored in ((1, 600), (40, 600), (40, 0)):
+        arena = Arena(torch.bfloat16, 8, chunk, stored, num_layers=1, device="cpu")
+        assert int(arena.saved_live.max()) <= stored
+        assert int((arena.state.block_rows > 0).sum(1).max()) <= arena.layout.max_blocks_per_request
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's run of bench_kernels does this")
 @pytest.mark.parametrize("storage", bench_kernels.STORAGE)
 @pytest.mark.parametrize(("chunk", "stored"), [(1, 600), (40, 600), (40, 0)])
 def test_stores_are_gated_and_what_they_move_is_counted(monkeypatch, storage, chunk, stored):
+    torch.manual_seed(chunk + stored)
     arena = Arena(bench_kernels.STORAGE[storage], 2, chunk, stored, num_layers=1, device="cpu")
     before = arena.raw.clone()
     bench_kernels.gate_store("store", arena)
@@ -218,6 +229,7 @@ def test_stores_are_gated_and_what_they_move_is_counted(monkeypatch, storage, ch
         assert moved["prefill"] == 2 * chunk * (8 * 512 + 2 * 32 * 256) + stored_slots * slot
 
     arena.restore()
+    arena.raw.copy_(before)
     monkeypatch.setattr(bench_kernels.TorchOps, "store", lambda *args: None)
     with pytest.raises(SystemExit, match="not timed"):
         bench_kernels.gate_store("store", arena)

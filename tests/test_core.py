@@ -136,6 +136,23 @@ def test_waiting_for_reports_ends_with_those_in_flight_at_its_start():
     assert shortages.should_wait(num_usable_blocks=10)
 
 
+def test_a_request_that_a_report_made_fit_may_wait_anew():
+    manager = make_engine(1.0).manager  # 16 blocks of 8 pages of 8 slots
+    manager.allocate_new_blocks("a", 192, 192)  # in 4 rows: 12 blocks if all are kept
+    manager.allocate_new_blocks("b", 24, 24)
+    chunks = manager.close_step(["a", "b"]).step_id
+    manager.allocate_new_blocks("b", 48, 48)
+    manager.close_step(["b"])
+    assert manager.get_num_blocks_to_allocate("b", 80, [], 48, 48, 80) == 2
+    assert manager.should_wait() and "b" in manager.shortages._waits
+    # Little was kept: the blocks that "b" has suffice now.
+    manager.merge(chunks, np.array([[12, 4, 4, 4, 4, 4 * 20], [8, 4, 4, 4, 4, 4 * 16]]))
+    assert manager.get_num_blocks_to_allocate("b", 50, [], 48, 48, 50) == 0
+    assert manager.allocate_new_blocks("b", 50, 50) == []
+    assert "b" not in manager.shortages._waits
+    check_integrity(manager)
+
+
 def test_nobody_is_preempted_when_a_report_in_flight_brings_the_blocks():
     # Four chunks of 48 tokens in flight hold 12 of the 16 blocks until the first report.
     engine = make_engine(1.0, lag=3)

@@ -54,6 +54,10 @@ REFUSED = {
     ),
     "LoRA": ({"enable_lora": True}, "--enable-lora"),
     "layers left out": ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
+    "a pass for vLLM's own attention": (
+        {"compilation_config": {"pass_config": {"fuse_attn_quant": True}}},
+        "fuse_attn_quant",
+    ),
     "an unknown setting": ({"additional_config": {"dms": {"windw": 3}}}, "windw"),
     "a setting of the wrong kind": ({"additional_config": {"dms": {"window": "3"}}}, "window"),
     "Triton without a GPU": ({"additional_config": {"dms": {"kernels": "triton"}}}, "kernels"),

@@ -103,6 +103,10 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         ),
         "--enable-sleep-mode is set, but the device state beside the KV cache is not saved. Remove "
         "--enable-sleep-mode.": model.enable_sleep_mode,
+        "--compilation-config has pass_config.fuse_attn_quant on, which fuses a quantization into "
+        "vLLM's own attention op, but DMS replaces that op. Remove it.": (
+            vllm_config.compilation_config.pass_config.fuse_attn_quant
+        ),
         "the model has sliding-window or linear attention layers, but DMS replaces full attention "
         "only. Serve it with --kv-cache-dtype auto.": (
             layer_types != {"full_attention"} or cache.sliding_window is not None

@@ -104,6 +104,7 @@ class DMSManager(SingleTypeKVCacheManager):
             state = self.states[request_id] = ledger.start()
             self.owners[state] = request_id
         ledger.scheduled_end[state] = num_tokens
+        self.shortages.resolved(request_id)
         if num_tokens <= ledger.read_safe_end[state]:
             return []
         blocks = self.req_to_blocks[request_id]
@@ -114,7 +115,6 @@ class DMSManager(SingleTypeKVCacheManager):
         ledger.grow(state, len(blocks), num_tokens)
         updates = self._row_updates
         updates.extend((state, held + i, block.block_id) for i, block in enumerate(new))
-        self.shortages.resolved(request_id)
         if not first:
             return []
         self._starts[state] = new[0].block_id

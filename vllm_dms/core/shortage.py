@@ -66,7 +66,7 @@ class Shortages:
         return self._in_flight[0].step_id <= deadline
 
     def resolved(self, request_id: str) -> None:
-        """The request got its blocks."""
+        """The request got its blocks, or a report showed that it needs none."""
         self._waits.pop(request_id, None)
 
     def gone(self, request_id: str, blocks: list[KVCacheBlock]) -> None:

@@ -46,6 +46,7 @@ REFUSED = {
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "--kv-transfer-config",
     ),
+    "another's model": ({"model_impl": "transformers"}, "--model-impl"),
     "KV offload": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     "pipeline parallel": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
     "context parallel": (
@@ -202,6 +203,15 @@ def vllm_warnings(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+def test_flags_that_have_no_effect_are_named(checkpoint, vllm_warnings):
+    path = checkpoint("nvidia-borrowed")
+    engine_config(path, enable_prefix_caching=False)
+    assert "turned off" not in vllm_warnings.text and "no effect" not in vllm_warnings.text
+    engine_config(path, enable_prefix_caching=True, attention_backend="FLASH_ATTN")
+    assert "Prefix caching is turned off" in vllm_warnings.text
+    assert "--attention-backend FLASH_ATTN has no effect" in vllm_warnings.text
 
 
 @pytest.mark.parametrize("dialect", ["nvidia-borrowed", "nvidia-adapter", "fastdms"])

@@ -70,6 +70,8 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": not any(
             name in ARCHITECTURES for name in architectures
         ),
+        f"--model-impl is {model.model_impl!r}, but DMS is built into vLLM's own models. Remove "
+        "it.": model.model_impl not in ("auto", "vllm"),
         "--speculative-config is set, but draft tokens would commit evictions that a rejected "
         "draft can't undo. Remove --speculative-config.": vllm_config.speculative_config,
         "--kv-transfer-config is set, but DMS uses vLLM's KV connector slot itself, and its pages "
@@ -154,6 +156,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
             "one request, which another request can't share."
         )
         cache.enable_prefix_caching = False
+    backend = vllm_config.attention_config.backend
+    if backend is not None:
+        logger.warning("--attention-backend %s has no effect: DMS brings its own.", backend.name)
     # The pages hold the model's dtype or FP8 by DMS's own rule; vLLM's tables know neither name.
     cache.cache_dtype = "auto"
     vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}

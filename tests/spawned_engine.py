@@ -4,30 +4,46 @@ JSON: {"model", "args", "prompts", "max_tokens"}.
 OUT_FILE: per prompt [token ids, [{token: logprob}]].
 """
 
+import asyncio
 import json
 import sys
 from pathlib import Path
 
 
-def main():
-    from vllm import LLM, SamplingParams
+async def answer(job: dict) -> list:
+    """All prompts at once, through the front end that `vllm serve` has."""
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    job = json.loads(sys.argv[1])
-    llm = LLM(job["model"], **job["args"])
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(job["model"], **job["args"]))
     params = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=3, detokenize=False
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=True,
+        logprobs=3,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False
-    )
-    result = [
-        [
-            list(o.outputs[0].token_ids),
-            [{t: lp.logprob for t, lp in step.items()} for step in o.outputs[0].logprobs],
+
+    async def one(index: int, ids: list[int]) -> list:
+        prompt = {"prompt_token_ids": ids}
+        (output,) = [o async for o in engine.generate(prompt, params, request_id=str(index))]
+        steps = output.outputs[0].logprobs
+        return [
+            list(output.outputs[0].token_ids),
+            [{token: entry.logprob for token, entry in step.items()} for step in steps],
         ]
-        for o in outputs
-    ]
-    Path(sys.argv[2]).write_text(json.dumps(result))
+
+    try:
+        return await asyncio.gather(*(one(i, ids) for i, ids in enumerate(job["prompts"])))
+    finally:
+        engine.shutdown()
+
+
+def main():
+    job = json.loads(sys.argv[1])
+    Path(sys.argv[2]).write_text(json.dumps(asyncio.run(answer(job))))
 
 
 if __name__ == "__main__":

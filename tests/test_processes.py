@@ -1,4 +1,4 @@
-"""Engine core and workers as processes of their own, as in production, and tensor parallel."""
+"""Engine cores and workers as processes of their own, as in production: parallel in two ways."""
 
 import json
 import os
@@ -14,16 +14,22 @@ from vllm_dms.reference import ReferenceModel
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two workers need two GPUs")
-@pytest.mark.parametrize("dialect", ["nvidia-adapter", "nvidia-borrowed"])
+@pytest.mark.parametrize(
+    ("parallel", "dialect"),
+    [
+        ("tensor_parallel_size", "nvidia-adapter"),
+        ("tensor_parallel_size", "nvidia-borrowed"),
+        ("data_parallel_size", "nvidia-borrowed"),
+    ],
+)
 @pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.gpu)])
-def test_two_spawned_workers_are_exact(checkpoint, tmp_path, dialect, eager):
-    """The adapter is computed on every rank; each keeps its own head; reports are merged."""
+def test_two_spawned_workers_are_exact(checkpoint, tmp_path, parallel, dialect, eager):
+    """Tensor parallel: the adapter is computed on every rank; each keeps its own head; reports are
+    merged. Data parallel: two engines, each with a cache of its own."""
     path = checkpoint(dialect)
     job = {
         "model": str(path),
-        "args": engine_args(
-            96, tensor_parallel_size=2, enforce_eager=eager, gpu_memory_utilization=0.5
-        ),
+        "args": engine_args(96, enforce_eager=eager, gpu_memory_utilization=0.5, **{parallel: 2}),
         "prompts": prompts((30, 250, 600)),
         "max_tokens": 24,
     }

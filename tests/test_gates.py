@@ -88,9 +88,18 @@ def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability,
     assert any("dms_fp8" in text for text in texts) == refused
 
 
-def test_an_allocator_that_vllm_refuses_with_connectors_is_named(checkpoint, monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
-    with pytest.raises(ValueError, match=r"PYTORCH_CUDA_ALLOC_CONF.*Unset it"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True"),
+        ("VLLM_BATCH_INVARIANT", "1"),
+    ],
+)
+def test_environment_variables_that_do_not_go_with_dms_are_named(
+    checkpoint, monkeypatch, name, value
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}.*Unset it"):
         engine_config(checkpoint("nvidia-borrowed"))
 
 

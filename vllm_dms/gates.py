@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -86,6 +87,8 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
             "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
             and not model.enable_cumem_allocator
         ),
+        "VLLM_BATCH_INVARIANT is set, but how DMS splits a row over the GPU depends on the whole "
+        "batch, and with it the last bits of the result. Unset it.": envs.VLLM_BATCH_INVARIANT,
         "--kv-offloading-size is set, but DMS pages can't be offloaded. Remove it.": (
             cache.kv_offloading_size
         ),

@@ -8,6 +8,7 @@ import pytest
 from checkpoints import make_checkpoint, random_tokens
 from safetensors.torch import load_file, save_file
 from test_exact import engine_args, generate, sampling
+from vllm import envs
 
 from vllm_dms import gates
 from vllm_dms.config import DMSConfig
@@ -98,6 +99,7 @@ def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability,
 def test_environment_variables_that_do_not_go_with_dms_are_named(
     checkpoint, monkeypatch, name, value
 ):
+    envs.disable_envs_cache()  # an engine's start turns it on
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}.*Unset it"):
         engine_config(checkpoint("nvidia-borrowed"))

@@ -12,6 +12,8 @@ import pytest
 import vllm
 
 from vllm_dms import compat
+from vllm_dms.core.connector import DMSConnector
+from vllm_dms.core.manager import DMSManager
 
 PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = sorted(path.name for path in PATCHES.glob("*.diff"))
@@ -80,6 +82,18 @@ def test_a_run_time_patch_says_what_it_is(name):
 
 def test_every_required_hook_is_there():
     compat.check_hooks()
+
+
+@pytest.mark.parametrize("cls", [DMSConnector, DMSManager])
+def test_what_is_overridden_is_among_the_required_hooks(cls):
+    """Renamed in vLLM, it would no longer be called. (What is abstract there fails by itself.)"""
+    for name in vars(cls):
+        for base in cls.__mro__[1:]:
+            of_base = vars(base).get(name)
+            if base.__module__.startswith("vllm.") and not name.startswith("_") and of_base:
+                hook = f"{base.__module__}:{base.__name__}.{name}"
+                abstract = getattr(of_base, "__isabstractmethod__", False)
+                assert abstract or hook in compat.REQUIRED_HOOKS, hook
 
 
 def test_the_error_names_each_hook_that_is_gone():

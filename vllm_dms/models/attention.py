@@ -109,6 +109,10 @@ class DMSWeights:
     # Until the checkpoint was loaded. Later calls may bring a few weights: vLLM updates in chunks.
     dms_weights_due: bool
 
+    def set_dms_config(self, vllm_config: VllmConfig) -> None:
+        self.dms_config = dms_config(vllm_config)
+        self.dms_weights_due = vllm_config.load_config.load_format != "dummy"
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         checked = check_dms_weights(weights, self.dms_config)
         loaded = super().load_weights(checked)  # type: ignore[misc]

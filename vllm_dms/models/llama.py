@@ -8,7 +8,6 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import llama
 
 from vllm_dms.models.attention import DMSWeights, dms_forward, dms_layer_forward, install_dms
-from vllm_dms.models.decision import dms_config
 
 
 class DMSLlamaAttention(llama.LlamaAttention):
@@ -42,6 +41,5 @@ class DMSLlamaDecoderLayer(llama.LlamaDecoderLayer):
 
 class DMSLlamaForCausalLM(DMSWeights, llama.LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        self.dms_config = dms_config(vllm_config)
-        self.dms_weights_due = vllm_config.load_config.load_format != "dummy"
+        self.set_dms_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DMSLlamaDecoderLayer)

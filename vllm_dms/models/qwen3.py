@@ -15,7 +15,6 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.transformers_utils.config import set_default_rope_theta
 
 from vllm_dms.models.attention import DMSWeights, dms_forward, dms_layer_forward, install_dms
-from vllm_dms.models.decision import dms_config
 
 
 class DMSQwen3Attention(qwen3.Qwen3Attention):
@@ -89,8 +88,7 @@ class DMSQwen3ForCausalLM(DMSWeights, qwen3.Qwen3ForCausalLM):
         self.config = config
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
-        self.dms_config = dms_config(vllm_config)
-        self.dms_weights_due = vllm_config.load_config.load_format != "dummy"
+        self.set_dms_config(vllm_config)
         self.model = DMSQwen3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,

@@ -1,4 +1,4 @@
-"""README's results table and its plot, from results/summary.json.
+"""The READMEs' tables and the plot, from results/summary.json and results/kernels.json.
 
     python benchmarks/report.py            # rewrites README.md, the other one here, and the plot
     python benchmarks/report.py --check    # fails if one of them is not what the rows say
@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from report_kernels import kernels_section
 from report_plot import plot, plot_is_current
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # What stands beside what: a DMS arm, and vLLM's own cache with the same bytes per element.
 PAIRS = (("bf16", "dms"), ("fp8", "dms_fp8"))
 ARM_NAMES = {
@@ -157,6 +157,16 @@ def facts_of(rows: list[Row]) -> list[str]:
     return facts
 
 
+def loads_of(rows: list[Row]) -> str:
+    """Workloads, each with its concurrencies where the table has a line for each."""
+    texts = []
+    for workload in sorted({row["workload"] for row in rows}):
+        levels = sorted({row["concurrency"] for row in rows if row["workload"] == workload})
+        each = "{c}" in kind_of(workload)[0]
+        texts.append(f"{workload} at {'/'.join(map(str, levels))}" if each else workload)
+    return ", ".join(texts)
+
+
 def caption(rows: list[Row]) -> str:
     """What all runs share, then of each run what is its own."""
     runs: dict[str, list[Row]] = {}
@@ -166,9 +176,8 @@ def caption(rows: list[Row]) -> str:
     shared = [fact for fact in next(iter(facts.values())) if all(fact in f for f in facts.values())]
     own = []
     for run_id, of_run in runs.items():
-        workloads = ", ".join(sorted({row["workload"] for row in of_run}))
         rest = "; ".join(fact for fact in facts[run_id] if fact not in shared)
-        own.append(f"`{run_id}` ({workloads}){': ' + rest if rest else ''}")
+        own.append(f"`{run_id}` ({loads_of(of_run)}){': ' + rest if rest else ''}")
     return f"{'; '.join(shared)}. Runs: {' · '.join(own)}."
 
 
@@ -178,17 +187,24 @@ def results_section(rows: list[Row]) -> str:
     return f"{table(rows)}\n\n{caption(rows)}\n"
 
 
-def with_section(readme: str, section: str) -> str:
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"a README lacks the lines {BEGIN} and {END}, between which results go.")
-    return f"{before}{BEGIN}\n{section}{END}{after}"
+def marks(name: str) -> tuple[str, str]:
+    """The lines between which a section goes."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def with_section(readme: str, name: str, section: str) -> str:
+    begin, end = marks(name)
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"a README lacks the lines {begin} and {end}, between which results go.")
+    return f"{before}{begin}\n{section}{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--summary", type=Path, default=HERE / "results" / "summary.json")
+    parser.add_argument("--kernels", type=Path, default=HERE / "results" / "kernels.json")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     parser.add_argument("--served-readme", type=Path, default=HERE / "README.md")
     parser.add_argument("--plot", type=Path, default=HERE / "results" / "serving.png")
@@ -197,9 +213,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = json.loads(args.summary.read_text()) if args.summary.exists() else []
     served = [row for row in rows if SERVE.fullmatch(row["workload"])]
     rows = [row for row in rows if row not in served]
+    kernels = kernels_section(json.loads(args.kernels.read_text())) if args.kernels.exists() else ""
+    served_page = with_section(args.served_readme.read_text(), "results", results_section(served))
     pages = {
-        path: with_section(path.read_text(), results_section(of_page))
-        for path, of_page in ((args.readme, rows), (args.served_readme, served))
+        args.readme: with_section(args.readme.read_text(), "results", results_section(rows)),
+        args.served_readme: with_section(served_page, "kernels", kernels),
     }
     if args.check:
         stale = [str(path) for path, text in pages.items() if path.read_text() != text]

@@ -110,13 +110,14 @@ def first_error(log: Path) -> str:
 
 # Workloads whose concurrency is a result.
 UNTIL_FULL = ("saturated-8k", "capacity-8k")
-Load = tuple[str, int | None]
+Load = tuple[str, int | None, str]
 
 
 def load_of(row: Row) -> Load:
-    """Workload, and concurrency where it is set."""
+    """Workload, concurrency where it is set, requests per second."""
     workload = row["workload"]
-    return workload, None if workload in UNTIL_FULL else row["concurrency"]
+    concurrency = None if workload in UNTIL_FULL else row["concurrency"]
+    return workload, concurrency, str(row.get("request_rate") or "inf")
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

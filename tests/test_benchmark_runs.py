@@ -37,6 +37,9 @@ def test_a_run_that_was_cut_short_replaces_the_loads_that_it_has():
     assert serving_results.merge(old, new) == [*old[2:], *new]
     until_full = [row(run, "fp8", "saturated-8k", concurrency=int(run)) for run in ("90", "95")]
     assert serving_results.merge(until_full[:1], until_full[1:]) == until_full[1:]
+    slow = row("1", "dms", "serve-8-4", request_rate="2")
+    fast = row("2", "dms", "serve-8-4", request_rate="inf")
+    assert serving_results.merge([slow], [fast]) == [slow, fast]
 
 
 class Runs:

@@ -95,11 +95,41 @@ def test_a_run_says_which_lines_are_its_and_what_was_live():
     assert "d decisions" in caption and "`dms` 5.51x" in caption
 
 
+def test_a_run_says_at_which_concurrencies_a_line_is_its():
+    rows = [row("dms", concurrency=c, decode_tok_s=1.0) for c in (8, 1)]
+    rows.append(row("dms", run_id="r2", concurrency=64, decode_tok_s=1.0))
+    caption = report.caption(rows)
+    assert "`r1` (decode-8k at 1/8)" in caption and "`r2` (decode-8k at 64)" in caption
+
+
+def empty_page():
+    return "\n".join([*report.marks("results"), *report.marks("kernels"), ""])
+
+
+def kernel(storage, batch, **figures):
+    return {"kernel": "decode", "storage": storage, "batch": batch, "both_us": 9.16,
+            "share_of_copy": 0.871, "store_megabytes": 1.0, **figures}  # fmt: skip
+
+
+def test_the_table_of_kernels_has_a_line_per_batch():
+    rows = [kernel("bf16", 64), kernel("bf16", 8), kernel("fp8", 8), {"kernel": "prefill"}]
+    run = {"rows": rows, "gpu": "a card", "commit": "abc", "copy_bytes_per_s": 4.236e12}
+    text = report.kernels_section(run)
+    assert text.splitlines()[2:] == [
+        "| 8 | 9.2 | 87% | 9.2 | 87% |",
+        "| 64 | 9.2 | 87% | - | - |",
+        "",
+        "a card, which copies at 4.24 TB/s; commit abc.",
+    ]
+    del rows[0]["store_megabytes"]
+    assert "stores had no gate yet" in report.kernels_section(run)
+
+
 def test_without_rows_the_section_is_empty(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text(empty_page())
     missing = ["--summary", str(tmp_path / "none.json"), "--readme", str(readme)]
-    missing += ["--served-readme", str(readme)]
+    missing += ["--served-readme", str(readme), "--kernels", str(tmp_path / "none.json")]
     assert report.main([*missing, "--check"]) == 0
 
 
@@ -108,7 +138,7 @@ def paths(tmp_path):
     names = ("README.md", "summary.json", "serving.png", "served.md")
     readme, summary, plot, served = (tmp_path / name for name in names)
     for page in (readme, served):
-        page.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+        page.write_text(f"before\n{empty_page()}after\n")
     rows = [row("bf16", decode_tok_s=10.0), row("dms", decode_tok_s=30.0)]
     rows.append(row("dms", "capacity-8k", requests_held=5))
     rows.append(row("dms", "serve-8-4", decode_tok_s=7.0, mean_tpot_ms=8.04, run_id="r2"))
@@ -150,4 +180,4 @@ def test_the_plot_is_the_same_each_time(paths):
 
 def test_a_readme_without_the_marks_is_refused():
     with pytest.raises(ValueError, match="results:begin"):
-        report.with_section("text", "section")
+        report.with_section("text", "results", "section")

@@ -1,0 +1,29 @@
+"""The table of kernels in this folder's README, from results/kernels.json (see `report`)."""
+
+from typing import Any
+
+NAMES = {"bf16": "`dms`", "fp8": "`dms_fp8`"}
+
+
+def kernels_section(measured: dict[str, Any]) -> str:
+    """``measured``: what `bench_kernels.py --json` wrote"""
+    decode = [row for row in measured["rows"] if row["kernel"] == "decode"]
+    rows = {(row["batch"], row["storage"]): row for row in decode}
+    head = ["requests"]
+    for name in NAMES.values():
+        head += [f"{name}: store + decode, us", "decode, share of copy"]
+    text = [head, ["---:"] * len(head)]
+    for batch in sorted({batch for batch, _ in rows}):
+        cells = [str(batch)]
+        for storage in NAMES:
+            row = rows.get((batch, storage))
+            cells += [f"{row['both_us']:.1f}", f"{row['share_of_copy']:.0%}"] if row else ["-", "-"]
+        text.append(cells)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+    facts = [
+        f"{measured['gpu']}, which copies at {measured['copy_bytes_per_s'] / 1e12:.2f} TB/s",
+        f"commit {measured['commit']}",
+    ]
+    if not all("store_megabytes" in row for row in decode):
+        facts.append("stores had no gate yet")
+    return f"{table}\n\n{'; '.join(facts)}.\n"

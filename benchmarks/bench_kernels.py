@@ -69,15 +69,20 @@ def time_graph(step: Callable[[], None], replays: int = REPLAYS) -> float:
     return statistics.median(spans) * 1000
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a device-to-device copy, read and write counted.
+def time_copy(num_bytes: float, copies: int) -> float:
+    """Microseconds of a device-to-device copy of so many bytes, read and written ones counted,
+    after another one; ``copies`` of them, all of other memory, are in the graph.
 
     By an elementwise kernel: in a graph, `copy_` is left to a copy engine, which is slower.
     """
-    a = torch.randn(1 << 29, dtype=torch.float32, device="cuda")
-    b = torch.empty_like(a)
-    moved = 2 * a.numel() * a.element_size()
-    return moved / (time_graph(lambda: torch.neg(a, out=b)) * 1e-6)
+    pairs = torch.randn(copies, 2, max(int(num_bytes) // 8, 1), device="cuda")
+    return time_graph(lambda: [torch.neg(a, out=b) for a, b in pairs]) / copies
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy so large that its start does not count."""
+    num_bytes = 1 << 32
+    return num_bytes / (time_copy(num_bytes, 1) * 1e-6)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -129,6 +134,7 @@ def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict
         "store_us": round(store, 2),
         "store_megabytes": round(moved["store"] / 1e6, 2),
         "both_us": round(both, 2),
+        "copy_us": round(time_copy(num_bytes, len(layers)), 2),
         "schedule_us": round(max(first - decode, 0.0), 2),
         "bytes_per_s": num_bytes / (decode * 1e-6),
     }
@@ -227,7 +233,8 @@ def print_row(row: dict) -> None:
         print(
             f"decode {row['storage']:5} B={row['batch']:<4} live {row['mean_live']:7.1f} "
             f"(max {row['max_live']}) {row['megabytes']:8.1f} MB  decode {row['decode_us']:8.2f} "
-            f"us {row['bytes_per_s'] / 1e12:5.2f} TB/s {row['share_of_copy']:6.1%} of copy  "
+            f"us {row['bytes_per_s'] / 1e12:5.2f} TB/s {row['share_of_copy']:6.1%} of copy "
+            f"(of these bytes alone: {row['copy_us']:.2f} us)  "
             f"store {row['store_us']:6.2f} ({row['store_share']:.1%})  both {row['both_us']:8.2f}  "
             f"schedule {row['schedule_us']:5.2f}",
             flush=True,

@@ -5,19 +5,24 @@ from typing import Any
 NAMES = {"bf16": "`dms`", "fp8": "`dms_fp8`"}
 
 
+def figures(row: dict[str, Any]) -> list[str]:
+    times = (row.get(name) for name in ("both_us", "decode_us", "copy_us"))
+    return [*("-" if us is None else f"{us:.1f}" for us in times), f"{row['share_of_copy']:.0%}"]
+
+
 def kernels_section(measured: dict[str, Any]) -> str:
     """``measured``: what `bench_kernels.py --json` wrote"""
     decode = [row for row in measured["rows"] if row["kernel"] == "decode"]
     rows = {(row["batch"], row["storage"]): row for row in decode}
     head = ["requests"]
     for name in NAMES.values():
-        head += [f"{name}: store + decode, us", "decode, share of copy"]
+        head += [f"{name}: store + decode, us", "decode", "a copy of its bytes", "share of copy"]
     text = [head, ["---:"] * len(head)]
     for batch in sorted({batch for batch, _ in rows}):
         cells = [str(batch)]
         for storage in NAMES:
             row = rows.get((batch, storage))
-            cells += [f"{row['both_us']:.1f}", f"{row['share_of_copy']:.0%}"] if row else ["-", "-"]
+            cells += figures(row) if row else ["-"] * 4
         text.append(cells)
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in text)
     facts = [

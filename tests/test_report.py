@@ -107,17 +107,18 @@ def empty_page():
 
 
 def kernel(storage, batch, **figures):
-    return {"kernel": "decode", "storage": storage, "batch": batch, "both_us": 9.16,
-            "share_of_copy": 0.871, "store_megabytes": 1.0, **figures}  # fmt: skip
+    times = {"both_us": 9.16, "decode_us": 7.31, "share_of_copy": 0.871, "store_megabytes": 1.0}
+    return {"kernel": "decode", "storage": storage, "batch": batch, **times, **figures}
 
 
 def test_the_table_of_kernels_has_a_line_per_batch():
-    rows = [kernel("bf16", 64), kernel("bf16", 8), kernel("fp8", 8), {"kernel": "prefill"}]
+    rows = [kernel("bf16", 64, copy_us=5.0), kernel("bf16", 8), kernel("fp8", 8)]
+    rows.append({"kernel": "prefill"})
     run = {"rows": rows, "gpu": "a card", "commit": "abc", "copy_bytes_per_s": 4.236e12}
     text = report.kernels_section(run)
     assert text.splitlines()[2:] == [
-        "| 8 | 9.2 | 87% | 9.2 | 87% |",
-        "| 64 | 9.2 | 87% | - | - |",
+        "| 8 | 9.2 | 7.3 | - | 87% | 9.2 | 7.3 | - | 87% |",
+        "| 64 | 9.2 | 7.3 | 5.0 | 87% | - | - | - | - |",
         "",
         "a card, which copies at 4.24 TB/s; commit abc.",
     ]

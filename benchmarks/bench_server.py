@@ -166,9 +166,12 @@ def run_arm(
             saved = options.logs / f"{name}-{concurrency}.json"
             client = client_command(arm, options, concurrency, saved)
             yield {f"client-{concurrency}": shlex.join(client)}
-            with saved.with_suffix(".log").open("w") as file:
-                subprocess.run(client, stdout=file, stderr=subprocess.STDOUT, check=True,
-                               timeout=deadline - time.monotonic())  # fmt: skip
+            client_log = saved.with_suffix(".log")
+            with client_log.open("w") as file:
+                ended = subprocess.run(client, stdout=file, stderr=subprocess.STDOUT, check=False,
+                                       timeout=deadline - time.monotonic())  # fmt: skip
+            if ended.returncode:
+                raise RuntimeError(f"the client failed: {results.first_error(client_log)}")
             after = preemptions(options.port)
             answer = json.loads(saved.read_text())
             if answer["failed"]:

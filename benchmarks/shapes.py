@@ -71,17 +71,22 @@ def read_shape(name: str) -> tuple[str, dict]:
 
 
 def number_tokenizer(vocab_size: int):
-    """Token i is the word "ti": any sequence of tokens survives decoding and encoding."""
+    """Token i is the word "ti": any sequence of tokens survives decoding and encoding.
+
+    The last one has a longer name. vLLM refuses text with more characters than a prompt of the
+    longest token would have, and does not know of the spaces between these words.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
-    tokenizer = Tokenizer(words)
+    end = "<|endoftext|>"
+    words = {f"t{i}": i for i in range(vocab_size - 1)} | {end: vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="t0",
-        eos_token=f"t{vocab_size - 1}",
+        eos_token=end,
         model_max_length=MAX_POSITION,
         clean_up_tokenization_spaces=False,
     )

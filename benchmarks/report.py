@@ -4,7 +4,7 @@
     python benchmarks/report.py --check    # fails if one of them is not what the rows say
 
 Facts and ratios only. A ratio compares two rows of one run. A row that loses stays. Rows of
-bench_server.py have a table of their own, in benchmarks/README.md.
+bench_server.py have a table of their own, in benchmarks/README.md, where all runs are listed, too.
 """
 
 import argparse
@@ -38,6 +38,7 @@ WORKLOADS = {
     "reason-1k-8k": ("1K in, 8K out, concurrency {c}", "decode_tok_s", "tok/s"),
 }
 WORKLOADS_AT_8K = ("decode-8k", "saturated-8k", "capacity-8k", "prefill-8k")
+DIALECT = "nvidia-borrowed"  # of rows older than their field for it
 SERVE = re.compile(r"serve-(\d+)-(\d+)")  # bench_server.py's, named after its lengths
 
 Row = dict[str, Any]
@@ -132,29 +133,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
 
-def facts_of(rows: list[Row]) -> list[str]:
-    """Where the numbers of one run come from."""
-    first = rows[0]
-    pools = sorted({row["pool_bytes"] for row in rows if row.get("pool_bytes")})
-    facts = [
-        f"{first['gpu']}",
-        f"vLLM {first.get('vllm')}, torch {first.get('torch')}",
-        f"{first.get('model')} shape, {first.get('weights_dtype')} weights",
-        f"window {first.get('dms_window')}, {first.get('rates')} eviction rates",
-        f"commit {first['commit']}",
-        "pool " + " / ".join(f"{p / 2**30:.1f} GiB" for p in pools),
+def facts_of(row: Row) -> list[str]:
+    """Where a row's numbers come from."""
+    return [
+        str(row["gpu"]),
+        f"vLLM {row.get('vllm')}, torch {row.get('torch')}",
+        f"{row.get('model')} shape, {row.get('weights_dtype')} weights",
+        f"window {row.get('dms_window')}, {row.get('rates')} eviction rates",
+        f"{row.get('dialect') or DIALECT} decisions",
     ]
-    if first.get("dialect"):
-        facts.append(f"{first['dialect']} decisions")
-    measured = {
-        r["arm"]: r["live_compression"]
-        for r in rows
-        if r["workload"] in WORKLOADS_AT_8K and r["live_compression"]
-    }
-    if measured:
-        live = ", ".join(f"{ARM_NAMES[a]} {value:.2f}x" for a, value in sorted(measured.items()))
-        facts.append(f"live compression at 8K: {live}")
-    return facts
 
 
 def loads_of(rows: list[Row]) -> str:
@@ -167,24 +154,45 @@ def loads_of(rows: list[Row]) -> str:
     return ", ".join(texts)
 
 
-def caption(rows: list[Row]) -> str:
-    """What all runs share, then of each run what is its own."""
+def runs_table(rows: list[Row]) -> str:
+    """A line for each run: what it measured, and what is not the same for all of them."""
+    head = ["run", "measured", "commit", "pool", "live compression at 8K"]
     runs: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["run_id"]):
         runs.setdefault(row["run_id"], []).append(row)
-    facts = {run_id: facts_of(of_run) for run_id, of_run in runs.items()}
-    shared = [fact for fact in next(iter(facts.values())) if all(fact in f for f in facts.values())]
-    own = []
+    shared = shared_facts(rows)
+    text = [head, ["---"] * len(head)]
     for run_id, of_run in runs.items():
-        rest = "; ".join(fact for fact in facts[run_id] if fact not in shared)
-        own.append(f"`{run_id}` ({loads_of(of_run)}){': ' + rest if rest else ''}")
-    return f"{'; '.join(shared)}. Runs: {' · '.join(own)}."
+        pools = sorted({row["pool_bytes"] for row in of_run if row.get("pool_bytes")})
+        live = {
+            row["arm"]: f"{ARM_NAMES[row['arm']]} {row['live_compression']:.2f}"
+            for row in of_run
+            if row["workload"] in WORKLOADS_AT_8K and row["live_compression"]
+        }
+        own = [fact for fact in facts_of(of_run[0]) if fact not in shared]
+        text.append(
+            [
+                f"`{run_id}`",
+                "; ".join([loads_of(of_run), *own]),
+                of_run[0]["commit"],
+                " / ".join(f"{p / 2**30:.1f} GiB" for p in pools),
+                ", ".join(value for _, value in sorted(live.items())) or "-",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+
+
+def shared_facts(rows: list[Row]) -> list[str]:
+    first, *others = map(facts_of, rows)
+    return [fact for fact in first if all(fact in facts for facts in others)]
 
 
 def results_section(rows: list[Row]) -> str:
-    if not rows:
-        return ""
-    return f"{table(rows)}\n\n{caption(rows)}\n"
+    return f"{table(rows)}\n\n{'; '.join(shared_facts(rows))}.\n" if rows else ""
+
+
+def runs_section(rows: list[Row]) -> str:
+    return f"{runs_table(rows)}\n\nAll runs: {'; '.join(shared_facts(rows))}.\n" if rows else ""
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -214,10 +222,17 @@ def main(argv: list[str] | None = None) -> int:
     served = [row for row in rows if SERVE.fullmatch(row["workload"])]
     rows = [row for row in rows if row not in served]
     kernels = kernels_section(json.loads(args.kernels.read_text())) if args.kernels.exists() else ""
-    served_page = with_section(args.served_readme.read_text(), "results", results_section(served))
+    sections = {
+        "results": results_section(served),
+        "kernels": kernels,
+        "runs": runs_section([*rows, *served]),
+    }
+    served_page = args.served_readme.read_text()
+    for name, section in sections.items():
+        served_page = with_section(served_page, name, section)
     pages = {
         args.readme: with_section(args.readme.read_text(), "results", results_section(rows)),
-        args.served_readme: with_section(served_page, "kernels", kernels),
+        args.served_readme: served_page,
     }
     if args.check:
         stale = [str(path) for path, text in pages.items() if path.read_text() != text]

@@ -120,22 +120,24 @@ def load_of(row: Row) -> Load:
     return workload, concurrency, str(row.get("request_rate") or "inf")
 
 
+# Arms whose rows are compared with one another: those of one run, side by side.
+COMPARED = (("bf16", "dms_noevict", "dms"), ("fp8", "dms_fp8"))
+
+
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Rows of both; of a load, an older run goes when a newer one covers all of its arms. So arms
-    that were measured side by side stay together."""
+    """Rows of both; of a load, an older row goes when a newer run has its arm and all arms that it
+    was compared with. So arms that were measured side by side stay together."""
     new = list(new)
-    measured = _arms(new)
-    kept = []
     old = [r for r in old if r["run_id"] not in {n["run_id"] for n in new}]
-    arms_of_old = _arms(old)
-    for row in old:
+    arms_of_old, measured = _arms(old), _arms(new)
+
+    def replaced(row: Row) -> bool:
         load = load_of(row)
-        replaced = any(
-            of == load and arms_of_old[row["run_id"], load] <= arms
-            for (_, of), arms in measured.items()
-        )
-        if not replaced:
-            kept.append(row)
+        beside = {arm for group in COMPARED if row["arm"] in group for arm in group}
+        arms = arms_of_old[row["run_id"], load] & beside
+        return any(of == load and arms <= found for (_, of), found in measured.items())
+
+    kept = [row for row in old if not replaced(row)]
     return sorted(kept + new, key=lambda r: (r["workload"], r["run_id"], r["concurrency"]))
 
 

@@ -30,6 +30,12 @@ def test_rows_that_were_measured_side_by_side_stay_together():
     assert serving_results.merge(old, new) == [*old, *new]
 
 
+def test_what_is_not_compared_does_not_stay():
+    old = [row("1", arm) for arm in ("bf16", "dms", "fp8", "dms_fp8")]
+    new = [row("2", arm) for arm in ("fp8", "dms_fp8")]
+    assert serving_results.merge(old, new) == [*old[:2], *new]
+
+
 def test_a_run_that_was_cut_short_replaces_the_loads_that_it_has():
     few, many = {"concurrency": 8}, {"concurrency": 64}
     old = [row("1", arm, **load) for load in (few, many) for arm in ("fp8", "dms_fp8")]

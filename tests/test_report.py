@@ -88,22 +88,37 @@ def test_no_row_is_dropped_silently(wrong):
         report.table([row("dms", decode_tok_s=1.0) | wrong])
 
 
+def run_lines(rows):
+    return report.runs_table(rows).splitlines()[2:]
+
+
 def test_a_run_says_which_lines_are_its_and_what_was_live():
-    rows = [row("dms", "saturated-8k", decode_tok_s=1.0, live_compression=5.514, dialect="d")]
-    caption = report.caption(rows)
-    assert caption.startswith("a card; ") and "Runs: `r1` (saturated-8k)" in caption
-    assert "d decisions" in caption and "`dms` 5.51x" in caption
+    rows = [row("dms", "saturated-8k", decode_tok_s=1.0, live_compression=5.514, pool_bytes=2**31)]
+    rows.append(row("dms", "prefill-32k", live_compression=7.0))
+    assert run_lines(rows) == [
+        "| `r1` | prefill-32k, saturated-8k | abc | 2.0 GiB | `dms` 5.51 |",
+    ]
 
 
 def test_a_run_says_at_which_concurrencies_a_line_is_its():
     rows = [row("dms", concurrency=c, decode_tok_s=1.0) for c in (8, 1)]
     rows.append(row("dms", run_id="r2", concurrency=64, decode_tok_s=1.0))
-    caption = report.caption(rows)
-    assert "`r1` (decode-8k at 1/8)" in caption and "`r2` (decode-8k at 64)" in caption
+    first, second = run_lines(rows)
+    assert "`r1` | decode-8k at 1/8 |" in first and "`r2` | decode-8k at 64 |" in second
+
+
+def test_facts_stand_once_if_all_runs_share_them():
+    rows = [row("dms"), row("dms", run_id="r2", dialect="nvidia-adapter")]
+    section = report.runs_section(rows)
+    assert section.count("a card") == 1 and "All runs: a card; " in section
+    first, second = run_lines(rows)
+    assert "nvidia-borrowed decisions" in first and "nvidia-adapter decisions" in second
+    assert "a card" in report.results_section(rows) and "adapter" not in report.table(rows)
 
 
 def empty_page():
-    return "\n".join([*report.marks("results"), *report.marks("kernels"), ""])
+    sections = ("results", "kernels", "runs")
+    return "\n".join([mark for name in sections for mark in report.marks(name)] + [""])
 
 
 def kernel(storage, batch, **figures):
@@ -165,7 +180,8 @@ def test_rows_of_the_server_have_a_page_of_their_own(paths):
     report.main(paths)
     readme, served = (Path(paths[i]).read_text() for i in (1, 7))
     assert "bench serve" not in readme and "r2" not in readme
-    assert "| 7 (8.0 ms/token) |" in served and "capacity" not in served
+    assert "| 7 (8.0 ms/token) |" in served and "held at once" not in served
+    assert "| `r1` |" in served and "| `r2` |" in served
     Path(paths[7]).write_text(served.replace("7 (", "9 ("))
     assert report.main([*paths, "--check"]) == 1
 

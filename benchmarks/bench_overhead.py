@@ -16,7 +16,7 @@ from pathlib import Path
 
 import serving_results as results
 from bench_serving import ARMS, names_of
-from serving_process import end_on_sigterm
+from serving_process import end_on_signals
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    end_on_sigterm()
+    end_on_signals()
     options = parse_args()
     certificate = {
         "command": shlex.join(["python", *sys.argv]),

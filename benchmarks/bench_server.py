@@ -13,6 +13,7 @@ import json
 import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -30,13 +31,13 @@ from bench_serving import (
     Arm,
     add_report_options,
     engine_args,
-    integers,
     names_of,
+    rising,
     start_report,
     with_results,
 )
 from serving_plan import FIGURES, Plan
-from serving_process import end_on_sigterm, start_group, stop_group
+from serving_process import end_on_signals, start_group, stop_group
 
 CLI = (sys.executable, "-m", "vllm.entrypoints.cli.main")  # `vllm`, where that is not installed
 STOP_SECONDS = 10  # kept back for the end of the server
@@ -104,6 +105,20 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> str:
         return response.read().decode()
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Whoever answers before the server is started would be measured in its place."""
+    with socket.socket() as sock:
+        if sock.connect_ex(("127.0.0.1", port)) == 0:
+            raise RuntimeError(f"port {port} is in use by another process: end it, or leave --port "
+                               "away for a free one")  # fmt: skip
+
+
 def wait_until_ready(server: subprocess.Popen, port: int, log: Path, deadline: float) -> None:
     while server.poll() is None and time.monotonic() < deadline:
         try:
@@ -157,6 +172,11 @@ def run_arm(
     log = options.logs / f"{name}.log"
     command = serve_command(args, options.port)
     yield {"serve": shlex.join(command), "engine": {"pool_bytes": args["kv_cache_memory_bytes"]}}
+    try:
+        check_port(options.port)
+    except RuntimeError as error:
+        yield {"error": str(error)}
+        return
     server = start_group(command, arm.dms is not None, log)
     try:
         wait_until_ready(server, options.port, log, deadline)
@@ -170,6 +190,8 @@ def run_arm(
             with client_log.open("w") as file:
                 ended = subprocess.run(client, stdout=file, stderr=subprocess.STDOUT, check=False,
                                        timeout=deadline - time.monotonic())  # fmt: skip
+            if server.poll() is not None:
+                raise RuntimeError(f"the server ended: {results.first_error(log)}")
             if ended.returncode:
                 raise RuntimeError(f"the client failed: {results.first_error(client_log)}")
             after = preemptions(options.port)
@@ -185,16 +207,20 @@ def run_arm(
     yield {"log": results.facts_of_log(log.read_text(errors="replace"))}
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> str | None:
+    """Returns what was not measured, if anything."""
     started = time.monotonic()
-    report = start_report(options, COMMON, [workload(options)])
+    new = [(arm, workload(options), [c]) for arm in options.arms for c in options.concurrency]
+    report, records = start_report(options, COMMON, new), []
     for left, arm_name in zip(range(len(options.arms), 0, -1), options.arms, strict=True):
         args = server_args(ARMS[arm_name], options)
         record = serving_run.new_engine(report, arm_name, "server", args)
+        records.append(record)
         name = f"{report['run_id']}-{arm_name}-server"
         seconds = (options.seconds - (time.monotonic() - started)) / left
         updates = run_arm(ARMS[arm_name], args, name, options, seconds)
         serving_run.keep(report, arm_name, record, updates, options.results)
+    return serving_run.failures(report, records)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -204,7 +230,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pool-gib", type=float, required=True, help="KV pool of every arm")
     parser.add_argument("--input-len", type=int, default=8192)
     parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--concurrency", type=integers, default=[1, 32, 64])
+    parser.add_argument("--concurrency", type=rising, default=[1, 32, 64])
     parser.add_argument("--rounds", type=int, default=2, help="prompts for each concurrent request")
     parser.add_argument("--rate", default="inf", help="requests per second")
     parser.add_argument("--max-requests", type=int, default=1024, help="max_num_seqs")
@@ -213,11 +239,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no compilation, no graphs")
     parser.add_argument("--seconds", type=float, default=560, help="time for the whole run")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--port", type=int, help="default: a free one")
     add_report_options(parser)
-    return with_results(parser.parse_args(argv))
+    options = with_results(parser.parse_args(argv))
+    options.port = options.port or free_port()
+    return options
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
-    run(parse_args())
+    end_on_signals()
+    sys.exit(run(parse_args()))

@@ -8,7 +8,9 @@ the latest run of every workload. README.md beside this says what the workloads 
 """
 
 import argparse
+import itertools
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import serving_run
 from serving_plan import WORKLOADS, Plan
-from serving_process import end_on_sigterm, run_engine
+from serving_process import end_on_signals, run_engine
 
 HERE = Path(__file__).resolve().parent
 GIB = 1 << 30
@@ -102,22 +104,24 @@ def plans(options: argparse.Namespace) -> list[tuple[str, Plan, int]]:
 
 
 def start_report(
-    options: argparse.Namespace, common: tuple[str, ...], workloads: list[str]
+    options: argparse.Namespace, common: tuple[str, ...], new: list[serving_run.Series]
 ) -> dict[str, Any]:
-    """A new run, or the next part of one."""
+    """A new run, or the next part of one; ``new``: what it is going to measure."""
     settings = {name: vars(options)[name] for name in common}
     report = serving_run.new_report(options.run_id, options.commit, options.model, settings)
     if options.earlier:
-        new = {(arm, workload) for arm in options.arms for workload in workloads}
         report = serving_run.continued(options.earlier, report, new)
     options.results.mkdir(parents=True, exist_ok=True)
     options.logs.mkdir(parents=True, exist_ok=True)
     return report
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> str | None:
+    """Returns what was not measured, if anything."""
     started = time.monotonic()
-    report = start_report(options, COMMON, options.workloads)
+    levels = {"decode-8k": options.levels}
+    new = [(arm, w, levels.get(w, [])) for arm in options.arms for w in options.workloads]
+    report, records = start_report(options, COMMON, new), []
     engines = [(*plan, arm) for plan in plans(options) for arm in options.arms]
     for left, (group, plan, pool, arm_name) in zip(
         range(len(engines), 0, -1), engines, strict=True
@@ -125,6 +129,7 @@ def run(options: argparse.Namespace) -> None:
         arm = ARMS[arm_name]
         args = engine_args(arm, options.model, plan, pool, options)
         record = serving_run.new_engine(report, arm_name, group, args)
+        records.append(record)
         spec = {
             "engine": args,
             "measure": "serving_workloads",
@@ -135,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
         name, seconds = f"{report['run_id']}-{arm_name}-{group}", remaining / left
         updates = run_engine(name, spec, arm.dms is not None, options.logs, seconds)
         serving_run.keep(report, arm_name, record, updates, options.results)
+    return serving_run.failures(report, records)
 
 
 def names_of(choices) -> Any:
@@ -148,8 +154,11 @@ def names_of(choices) -> Any:
     return parse
 
 
-def integers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
+def rising(text: str) -> list[int]:
+    numbers = [int(n) for n in text.split(",")]
+    if numbers[0] < 1 or any(b <= a for a, b in itertools.pairwise(numbers)):
+        raise argparse.ArgumentTypeError(f"{text}: numbers from 1 on, each above the one before")
+    return numbers
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -157,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="directory made by synthetic.py")
     parser.add_argument("--arms", type=names_of(ARMS), default=list(ARMS))
     parser.add_argument("--workloads", type=names_of(WORKLOADS), default=list(WORKLOADS[:4]))
-    parser.add_argument("--levels", type=integers, default=[1, 8, 32, 64],
+    parser.add_argument("--levels", type=rising, default=[1, 8, 32, 64],
                         help="concurrency of decode-8k, rising")  # fmt: skip
     parser.add_argument("--pool-gib", type=float, required=True, help="KV pool of every arm")
     parser.add_argument("--max-requests", type=int, default=1024, help="max_num_seqs")
@@ -196,5 +205,5 @@ def with_results(options: argparse.Namespace) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
-    run(parse_args())
+    end_on_signals()
+    sys.exit(run(parse_args()))

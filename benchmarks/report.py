@@ -38,7 +38,7 @@ WORKLOADS = {
     "reason-1k-8k": ("1K in, 8K out, concurrency {c}", "decode_tok_s", "tok/s"),
 }
 WORKLOADS_AT_8K = ("decode-8k", "saturated-8k", "capacity-8k", "prefill-8k")
-DIALECT = "nvidia-borrowed"  # of rows older than their field for it
+DIALECT = "nvidia-adapter"  # of rows older than their field for it
 SERVE = re.compile(r"serve-(\d+)-(\d+)")  # bench_server.py's, named after its lengths
 
 Row = dict[str, Any]
@@ -61,7 +61,8 @@ def line_of(row: Row) -> Line:
     order = [*WORKLOADS, row["workload"]].index(row["workload"])
     concurrency = row["concurrency"] if "{c}" in title else 0
     rate = row.get("request_rate") or "inf"
-    notes = [f"{rate} requests/s"] if str(rate) != "inf" else []
+    notes = [f"{row['completed']} prompts"] if row.get("completed") else []
+    notes += [f"{rate} requests/s"] if str(rate) != "inf" else []
     return (
         order,
         concurrency,
@@ -241,10 +242,10 @@ def main(argv: list[str] | None = None) -> int:
         if stale:
             print(f"stale: {', '.join(stale)}. Run: python benchmarks/report.py", file=sys.stderr)
         return 1 if stale else 0
-    for path, text in pages.items():
-        path.write_text(text)
     if rows:
         plot(rows, ARM_NAMES, args.plot)
+    for path, text in pages.items():
+        path.write_text(text)
     return 0
 
 

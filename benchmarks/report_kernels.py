@@ -16,7 +16,7 @@ def kernels_section(measured: dict[str, Any]) -> str:
     rows = {(row["batch"], row["storage"]): row for row in decode}
     head = ["requests"]
     for name in NAMES.values():
-        head += [f"{name}: store + decode, us", "decode", "a copy of its bytes", "share of copy"]
+        head += [f"{name}: store + decode, us", "decode", "copy moving as much", "share of copy"]
     text = [head, ["---:"] * len(head)]
     for batch in sorted({batch for batch, _ in rows}):
         cells = [str(batch)]
@@ -29,6 +29,13 @@ def kernels_section(measured: dict[str, Any]) -> str:
         f"{measured['gpu']}, which copies at {measured['copy_bytes_per_s'] / 1e12:.2f} TB/s",
         f"commit {measured['commit']}",
     ]
+    unsteady = [
+        f"{NAMES[storage]} at {batch}"
+        for (batch, storage), row in sorted(rows.items())
+        if row["both_us"] < row["decode_us"]
+    ]
+    if unsteady:
+        facts.append(f"decode alone slower than with its store, so in doubt: {', '.join(unsteady)}")
     if not all("store_megabytes" in row for row in decode):
         facts.append("stores had no gate yet")
     return f"{table}\n\n{'; '.join(facts)}.\n"

@@ -73,9 +73,13 @@ def stop_group(child: subprocess.Popen) -> None:
             child.wait(5.0)
 
 
-def end_on_sigterm() -> None:
-    """A process that is told to stop stops its engines: they are not of its group."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
+def end_on_signals() -> None:
+    """A process that is told to stop, or whose terminal is gone, stops its engines: they are not
+    of its group."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(
+            number, lambda number, _: sys.exit(f"stopped by {signal.Signals(number).name}")
+        )
 
 
 def work(spec: dict[str, Any]) -> None:

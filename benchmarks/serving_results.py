@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -28,11 +29,17 @@ def git_commit(path: Path) -> str | None:
     return f"{commit}+changes" if commit and changed else commit
 
 
+def _ask_gpu(query: str) -> str | None:
+    """Of the first GPU that this process may use: the one that the benchmarks use."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    answer = _output_of(*command, *(["-i", first] if first else []))
+    return answer.splitlines()[0] if answer else None
+
+
 def gpu_facts() -> dict[str, str | None]:
-    """Of the first GPU: the one that the benchmarks use."""
-    query = "--query-gpu=name,uuid,driver_version"
-    gpus = _output_of("nvidia-smi", query, "--format=csv,noheader")
-    values = gpus.splitlines()[0].split(", ") if gpus else ["none (CPU)", None, None]
+    found = _ask_gpu("name,uuid,driver_version")
+    values = found.split(", ") if found else ["none (CPU)", None, None]
     return dict(zip(("gpu", "gpu_uuid", "driver"), values, strict=True))
 
 
@@ -41,8 +48,8 @@ def gpu_name() -> str:
 
 
 def gpu_memory() -> dict[str, int]:
-    used = _output_of("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
-    return {"gpu_memory_mib": int(used.splitlines()[0])} if used else {}
+    used = _ask_gpu("memory.used")
+    return {"gpu_memory_mib": int(used)} if used else {}
 
 
 def version_of(name: str) -> str | None:
@@ -89,8 +96,11 @@ def facts_of_engine(config: Any) -> dict[str, Any]:
 
 def facts_of_log(log: str) -> dict[str, Any]:
     """What only the log tells."""
-    backends = set(re.findall(r"Using (\w+) attention backend", log))
     versions = set(re.findall(r"Using FlashAttention version (\d)", log))
+    backends = set(re.findall(r"Using (\w+) attention backend", log))
+    # Of layers that DMS replaces, vLLM names the backend that they would have had.
+    if kernels := set(re.findall(r"DMS attention: (\w+) kernels", log)):
+        backends, versions = kernels, set()
 
     def those_with(text: str) -> list[str]:
         return [line.split("] ", 1)[-1] for line in log.splitlines() if text in line]
@@ -110,14 +120,14 @@ def first_error(log: Path) -> str:
 
 # Workloads whose concurrency is a result.
 UNTIL_FULL = ("saturated-8k", "capacity-8k")
-Load = tuple[str, int | None, str]
+Load = tuple[str, int | None, str, int | None]
 
 
 def load_of(row: Row) -> Load:
-    """Workload, concurrency where it is set, requests per second."""
+    """Workload; concurrency where it is set; of the server's: requests per second, and in all."""
     workload = row["workload"]
     concurrency = None if workload in UNTIL_FULL else row["concurrency"]
-    return workload, concurrency, str(row.get("request_rate") or "inf")
+    return workload, concurrency, str(row.get("request_rate") or "inf"), row.get("completed")
 
 
 # Arms whose rows are compared with one another: those of one run, side by side.
@@ -125,20 +135,23 @@ COMPARED = (("bf16", "dms_noevict", "dms"), ("fp8", "dms_fp8"))
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Rows of both; of a load, an older row goes when a newer run has its arm and all arms that it
-    was compared with. So arms that were measured side by side stay together."""
+    """Rows of both, ``new`` those of whole runs; of a load, a row goes when a run of later id has
+    its arm and all arms that it was compared with. So arms measured side by side stay together."""
     new = list(new)
-    old = [r for r in old if r["run_id"] not in {n["run_id"] for n in new}]
-    arms_of_old, measured = _arms(old), _arms(new)
+    rows = [r for r in old if r["run_id"] not in {n["run_id"] for n in new}] + new
+    measured = _arms(rows)
 
     def replaced(row: Row) -> bool:
         load = load_of(row)
         beside = {arm for group in COMPARED if row["arm"] in group for arm in group}
-        arms = arms_of_old[row["run_id"], load] & beside
-        return any(of == load and arms <= found for (_, of), found in measured.items())
+        arms = measured[row["run_id"], load] & beside
+        return any(
+            of == load and run_id > row["run_id"] and arms <= found
+            for (run_id, of), found in measured.items()
+        )
 
-    kept = [row for row in old if not replaced(row)]
-    return sorted(kept + new, key=lambda r: (r["workload"], r["run_id"], r["concurrency"]))
+    kept = [row for row in rows if not replaced(row)]
+    return sorted(kept, key=lambda r: (r["workload"], r["run_id"], r["concurrency"]))
 
 
 def _arms(rows: Iterable[Row]) -> dict[tuple[str, Load], set[str]]:

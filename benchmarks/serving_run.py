@@ -45,9 +45,13 @@ SAME_IN_ALL_PARTS = (
 )  # fmt: skip
 
 
-def continued(path: Path, report: dict[str, Any], new: set[tuple[str, str]]) -> dict[str, Any]:
-    """The run at ``path`` with the part that ``report``, made just now, begins. ``new``: the arms
-    and workloads that it will measure."""
+# Arm, workload, and the concurrencies that are measured one after another; none: it has one row.
+Series = tuple[str, str, list[int]]
+
+
+def continued(path: Path, report: dict[str, Any], new: Iterable[Series]) -> dict[str, Any]:
+    """The run at ``path`` with the part that ``report``, made just now, begins, which will measure
+    what is ``new``. Rows of a series that was cut short give way."""
     earlier = json.loads(path.read_text())
     for name in SAME_IN_ALL_PARTS:
         if name not in earlier:
@@ -60,12 +64,17 @@ def continued(path: Path, report: dict[str, Any], new: set[tuple[str, str]]) -> 
                 f"{path} has {_difference(name, earlier[name], report[name])} here. Arms of one "
                 "run have all this in common: correct it, or measure all arms in a new run."
             )
-    measured = {(row["arm"], row["workload"]) for row in earlier["rows"]} & new
-    if measured:
-        raise ValueError(
-            f"{path} already has rows of {sorted(measured)}. Leave them out, or start a new run."
-        )
-    return earlier | {"parts": earlier["parts"] + report["parts"]}
+    rows = earlier["rows"]
+    for arm, workload, levels in new:
+        found = {r["concurrency"] for r in rows if (r["arm"], r["workload"]) == (arm, workload)}
+        if found and found.issuperset(levels):
+            at = f" at {', '.join(map(str, levels))}" if levels else ""
+            raise ValueError(
+                f"{path} already has {workload}{at} of {arm}. Leave it out, or start a new run."
+            )
+        again = {(arm, workload, level) for level in levels}
+        rows = [r for r in rows if (r["arm"], r["workload"], r["concurrency"]) not in again]
+    return earlier | {"parts": earlier["parts"] + report["parts"], "rows": rows}
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
@@ -121,6 +130,17 @@ def keep(
             print(f"{arm} {json.dumps(update)[:400]}", flush=True)
         results.write_json(to / f"{report['run_id']}.json", report)
     results.update_summary(to / "summary.json", report["rows"])
+
+
+def failures(report: dict[str, Any], records: Iterable[dict[str, Any]]) -> str | None:
+    """What to end with if an engine of this part, one of ``records``, did not measure all."""
+    lines = [
+        f"{arm}, {name}: {record['error']}"
+        for arm, engines in report["arms"].items()
+        for name, record in engines.items()
+        if "error" in record and any(record is other for other in records)
+    ]
+    return "\n".join(["not everything was measured:", *lines]) if lines else None
 
 
 def one_line(row: Row) -> str:

@@ -60,6 +60,15 @@ def test_a_server_that_does_not_start_says_why(monkeypatch, tmp_path):
     assert "did not start: ValueError: no such flag" in error["error"] and "log" in log
 
 
+def test_another_server_on_the_port_is_not_measured(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        chosen = server_options("--logs", str(tmp_path), "--port", str(port))
+        args = {"model": "m", "kv_cache_memory_bytes": 1}
+        *_, last = bench_server.run_arm(bench_serving.ARMS["bf16"], args, "x", chosen, 60)
+    assert f"port {port} is in use by another process" in last["error"]
+
+
 def test_host_times_are_those_of_the_last_steps(monkeypatch):
     now = iter(range(1000))
     for clock in ("thread_time", "perf_counter"):
@@ -101,14 +110,21 @@ def rehearsal(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_writes_comparable_rows_of_two_arms(tmp_path, rehearsal):
-    bench_serving.run(
+def test_a_rehearsal_writes_comparable_rows_of_two_arms(tmp_path, rehearsal, monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    failed = bench_serving.run(
         bench_serving.parse_args(
             ["--model", str(rehearsal), "--arms", "bf16,dms", "--pool-gib", "0.004",
              "--unit", "16", "--levels", "1,3", "--max-requests", "32", "--chunk", "64",
              "--steps", "6", "--eager", "--results", str(tmp_path), "--logs", str(tmp_path)]
         )
     )  # fmt: skip
+    assert failed is None
+    (report,) = tmp_path.glob("2*.json")
+    arms = json.loads(report.read_text())["arms"]
+    logs = {arm: arms[arm]["8k"]["log"] for arm in arms}
+    assert logs["dms"]["attention"] == "torch" != logs["bf16"]["attention"]
+    assert logs["dms"]["banner"] and not logs["bf16"]["banner"]
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert {row["run_id"] for row in rows} == {rows[0]["run_id"]}
     held = {row["arm"]: row["requests_held"] for row in rows if row["workload"] == "capacity-8k"}
@@ -120,16 +136,14 @@ def test_a_rehearsal_writes_comparable_rows_of_two_arms(tmp_path, rehearsal):
 
 @pytest.mark.slow
 def test_a_server_answers_vllms_own_client(tmp_path, rehearsal):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    bench_server.run(
+    failed = bench_server.run(
         bench_server.parse_args(
             ["--model", str(rehearsal), "--arms", "dms", "--pool-gib", "0.06", "--input-len", "512",
              "--output-len", "16", "--concurrency", "2", "--max-requests", "8", "--chunk", "64",
-             "--eager", "--results", str(tmp_path), "--logs", str(tmp_path), "--port", port]
+             "--eager", "--results", str(tmp_path), "--logs", str(tmp_path)]
         )
     )  # fmt: skip
+    assert failed is None
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert row["workload"] == "serve-512-16" and row["completed"] == 4 and row["preemptions"] == 0
     assert row["decode_tok_s"] > 0 and 5 < row["live_compression"] < 8

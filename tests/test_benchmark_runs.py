@@ -30,6 +30,31 @@ def test_rows_that_were_measured_side_by_side_stay_together():
     assert serving_results.merge(old, new) == [*old, *new]
 
 
+def test_an_older_run_that_comes_later_replaces_nothing():
+    newer = [row("2", "bf16"), row("2", "dms")]
+    older = [row("1", "bf16"), row("1", "dms"), row("1", "dms", "prefill-8k")]
+    assert serving_results.merge(newer, older) == [*newer, older[2]]
+
+
+def test_the_gpu_of_a_run_is_the_one_that_the_process_may_use(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        serving_results, "_output_of", lambda *args: asked.append(args) or "H, U, 1"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert serving_results.gpu_facts() == {"gpu": "H", "gpu_uuid": "U", "driver": "1"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    serving_results.gpu_facts()
+    assert asked[0][-2:] == ("-i", "3") and "-i" not in asked[1]
+
+
+def test_a_log_says_what_attended_in_place_of_what_vllm_names():
+    log = "I 1] Using FLASH_ATTN attention backend out of\nI 2] Using FlashAttention version 3\n"
+    assert serving_results.facts_of_log(log)["attention"] == "FLASH_ATTN (FA3)"
+    log += "I 3] DMS attention: triton kernels, in place of"
+    assert serving_results.facts_of_log(log)["attention"] == "triton"
+
+
 def test_what_is_not_compared_does_not_stay():
     old = [row("1", arm) for arm in ("bf16", "dms", "fp8", "dms_fp8")]
     new = [row("2", arm) for arm in ("fp8", "dms_fp8")]
@@ -110,7 +135,7 @@ def test_a_run_goes_on_in_a_later_command_as_one_run(runs):
         (lambda _: ["--pool-gib", "2"], r"settings.pool_gib '1.0', but it is '2.0' here"),
         (lambda _: ["--reason-requests", "256"], "settings.reason_requests '64'"),
         (lambda _: ["--commit", "d"], "commit 'c', but it is 'd' here"),
-        (lambda _: ["--arms", "fp8"], r"already has rows of \[\('fp8', 'reason-1k-8k'\)\]"),
+        (lambda _: ["--arms", "fp8"], "already has reason-1k-8k of fp8. Leave it out"),
     ],
     ids=["card", "driver", "model", "pool", "load", "commit", "arm"],
 )
@@ -128,6 +153,38 @@ def test_a_run_that_does_not_say_its_gpu_does_not_go_on(runs):
     runs.first.write_text(json.dumps(report))
     with pytest.raises(ValueError, match="does not say its 'gpu_uuid'"):
         runs.run(*LATER, "--continue", runs.first)
+
+
+def test_a_series_that_was_cut_short_is_measured_again(runs):
+    flags = ["--arms", "fp8", "--workloads", "decode-8k"]
+    runs.run(*flags, "--levels", "4,8", "--run-id", "r2", "--results", runs.path)
+    path = runs.path / "r2.json"
+    with pytest.raises(ValueError, match=r"settings.levels '\[4, 8\]', but it is '\[8\]' here"):
+        runs.run(*flags, "--levels", "8", "--continue", path)
+    runs.run(*flags, "--levels", "4,8", "--continue", path)  # of 4 and 8 it had 8
+    assert [row["concurrency"] for row in json.loads(path.read_text())["rows"]] == [8]
+    runs.run(*flags, "--levels", "8", "--run-id", "r3", "--results", runs.path)
+    with pytest.raises(ValueError, match="already has decode-8k at 8 of fp8"):
+        runs.run(*flags, "--levels", "8", "--continue", runs.path / "r3.json")
+
+
+@pytest.mark.parametrize("levels", ["4,1", "1,1", "0,2"])
+def test_concurrencies_rise(capsys, levels):
+    with pytest.raises(SystemExit):
+        bench_serving.parse_args(["--model", "m", "--pool-gib", "1", "--levels", levels])
+    assert "each above the one before" in capsys.readouterr().err
+
+
+def test_what_was_not_measured_is_what_a_run_ends_with(runs, monkeypatch):
+    def engine(name, *rest):
+        yield {"error": "out of time"} if "dms" in name else {"end": {}}
+
+    monkeypatch.setattr(bench_serving, "run_engine", engine)
+    flags = ["--model", str(runs.path), "--pool-gib", "1", "--workloads", "prefill-8k"]
+    flags += ["--results", str(runs.path), "--logs", str(runs.path), "--arms"]
+    parse = bench_serving.parse_args
+    assert bench_serving.run(parse([*flags, "bf16,dms"])).endswith("dms, 8k: out of time")
+    assert bench_serving.run(parse([*flags, "bf16"])) is None
 
 
 def test_an_engine_that_failed_is_tried_again_beside_its_first_record(runs):

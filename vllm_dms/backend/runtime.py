@@ -60,6 +60,10 @@ class Runtime:
         self.side = allocate_side_state(self.layout, scheduler.max_num_seqs, device)
         self.scratch = allocate_scratch(self.layout, scheduler.max_num_batched_tokens, device)
         self.ops = self._make_ops(vllm_config, device)
+        logger.info_once(
+            "DMS attention: %s kernels, in place of the attention backend that vLLM names",
+            choose_ops(config, device),
+        )
         self.reporter: Reporter
         self._state: ArenaState | None = None
         self._storage_ptr = 0

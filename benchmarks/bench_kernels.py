@@ -12,77 +12,20 @@ several times the L2 cache.
 """
 
 import argparse
-import itertools
 import json
-import random
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from kernel_arena import GROUP, HEADS, WINDOW, Arena
-from triton.runtime.errors import TritonError
+from kernel_arena import GROUP, HEADS, STORAGE, WINDOW, Arena
+from kernel_timing import copy_bandwidth, time_copy, time_graph
+from kernel_tuning import TUNING_GRIDS, tune
 
-from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 from vllm_dms.backend.torch_ops import TorchOps
 
-REPLAYS = 30
 BATCHES = (1, 8, 32, 64, 128, 256, 480)
 PREFILLS = ((2048, 0), (8192, 0), (2048, 8192), (2048, 32768))  # query tokens, tokens stored before
-STORAGE = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-# What --tune tries, in random order until the time is over.
-TUNING_GRIDS = {
-    "decode": {
-        "decode_block": (64, 32, 128),
-        "decode_warps": (2, 4, 8),
-        "decode_stages": (2, 3, 4),
-        "programs_per_sm": (4, 2, 3, 6, 8),
-    },
-    "prefill": {
-        "prefill_rows": (64, 128, 256),
-        "prefill_block": (64, 128),
-        "prefill_warps": (4, 8, 16),
-        "prefill_stages": (2, 3, 4),
-    },
-}
-
-
-def time_graph(step: Callable[[], None], replays: int = REPLAYS) -> float:
-    """Median microseconds of one replay of ``step``, captured after a warm-up."""
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    spans = (a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    return statistics.median(spans) * 1000
-
-
-def time_copy(num_bytes: float, copies: int) -> float:
-    """Microseconds of a device-to-device copy of so many bytes, read and written ones counted,
-    after another one; ``copies`` of them, all of other memory, are in the graph.
-
-    By an elementwise kernel: in a graph, `copy_` is left to a copy engine, which is slower.
-    """
-    pairs = torch.randn(copies, 2, max(int(num_bytes) // 8, 1), device="cuda")
-    return time_graph(lambda: [torch.neg(a, out=b) for a, b in pairs]) / copies
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy so large that its start does not count."""
-    num_bytes = 1 << 32
-    return num_bytes / (time_copy(num_bytes, 1) * 1e-6)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -102,9 +45,9 @@ def gate_store(name: str, arena: Arena) -> None:
         raise SystemExit(f"{name}: not what the plain operations store; not timed")
 
 
-def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict:
+def bench_decode(storage: str, batch: int) -> dict:
     """Microseconds per layer of store and decode for ``batch`` requests with one token each."""
-    arena = Arena(STORAGE[storage], batch, chunk=1, stored=8191, tuning=tuning)
+    arena = Arena(STORAGE[storage], batch, chunk=1, stored=8191)
     gate_store(f"store {storage} B={batch}", arena)
     arena.store(0)
     arena.decode(0)
@@ -142,9 +85,9 @@ def bench_decode(storage: str, batch: int, tuning: Tuning | None = None) -> dict
     }
 
 
-def bench_prefill(storage: str, chunk: int, stored: int, tuning: Tuning | None = None) -> dict:
+def bench_prefill(storage: str, chunk: int, stored: int) -> dict:
     """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens."""
-    arena = Arena(STORAGE[storage], 1, chunk, stored, tuning=tuning)
+    arena = Arena(STORAGE[storage], 1, chunk, stored)
     gate_store(f"store {storage} {chunk} after {stored}", arena)
     arena.store(0)
     arena.prefill(0)
@@ -170,54 +113,6 @@ def bench_prefill(storage: str, chunk: int, stored: int, tuning: Tuning | None =
         "tflop_per_s": round(4 * scores * arena.layout.head_dim / prefill / 1e6, 1),
         **{f"{name}_megabytes": round(num_bytes / 1e6, 2) for name, num_bytes in moved.items()},
     }
-
-
-def variants(kind: str, base: Tuning) -> Iterator[tuple[dict[str, int], Tuning]]:
-    """(what was varied, launch parameters)"""
-    grid = TUNING_GRIDS[kind]
-    choices = list(itertools.product(*grid.values()))
-    random.Random(0).shuffle(choices)
-    for values in choices:
-        varied = dict(zip(grid, values, strict=True))
-        yield varied, replace(base, **varied)
-
-
-def time_variant(arena: Arena, kind: str, tuning: Tuning) -> float:
-    """Microseconds per layer; infinity where the GPU has too little of something."""
-    arena.restore()
-    arena.use(tuning)
-    attend = getattr(arena, kind)
-    layers = range(1, arena.num_layers) if kind == "decode" else range(1)
-    try:
-        arena.store(0)
-        attend(0)
-        return time_graph(lambda: [attend(i) for i in layers], 5) / len(layers)
-    except (TritonError, RuntimeError) as problem:
-        print(f"  {str(problem).splitlines()[0][:80]}: {tuning}")
-        return float("inf")
-
-
-def tune(kinds: list[str], storages: list[str], seconds: float) -> list[dict]:
-    """Try launch parameters, the same time for each kernel and storage; print the fastest."""
-    shapes = {"decode": [(8, 1, 8191), (64, 1, 8191)], "prefill": [(1, 4096, 8192)]}
-    jobs = [(k, s, shape) for k in kinds for s in storages for shape in shapes[k]]
-    rows = []
-    for kind, storage, shape in jobs:
-        # The same number of layers for all batches: it is compiled in.
-        arena = Arena(STORAGE[storage], *shape, num_layers=8 if kind == "decode" else 1)
-        end = time.monotonic() + seconds / len(jobs)
-        found = []
-        for varied, tuning in variants(kind, default_tuning(arena.layout)):
-            if time.monotonic() > end:
-                break
-            found.append((time_variant(arena, kind, tuning), varied))
-        found.sort(key=lambda pair: pair[0])
-        print(f"{kind} {storage}, {shape[0]} requests: {len(found)} variants tried", flush=True)
-        for micros, varied in found[:6]:
-            print(f"  {micros:9.2f} us  {varied}", flush=True)
-        about = {"kernel": kind, "storage": storage, "batch": shape[0]}
-        rows += [{**about, "us": micros, **varied} for micros, varied in found]
-    return rows
 
 
 def add_shares(row: dict, copy: float) -> None:

@@ -19,6 +19,7 @@ HEADROOM = 4  # pages per row for what timed stores append
 SCALE = HEAD_DIM**-0.5
 CACHE_BYTES = 300 << 20  # several times the L2 cache
 MAX_LAYERS, MAX_SEQS = 36, 512
+STORAGE = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def keep_rates(shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,4 @@
-"""vLLM's own schedulers over `DMSManager`, with a worker that only counts.
-
-The worker keeps what the device would keep: per request and (layer, head) row the live slots, and
-pages handed out lowest first from the blocks that it was told of. It never asks the scheduler.
-"""
+"""vLLM's own schedulers over `DMSManager`, with workers that only count."""
 
 import functools
 import json
@@ -10,8 +6,8 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
-import numpy as np
 import torch
+from core_worker import Worker
 from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -23,10 +19,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_dms import plugin
 from vllm_dms.backend.layout import ArenaLayout
-from vllm_dms.backend.ops import REPORT_HORIZON
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.manager import check_integrity
-from vllm_dms.core.messages import DMSReport
 from vllm_dms.core.spec import DMSCacheSpec, make_spec
 
 MAX_MODEL_LEN = 256
@@ -98,48 +92,6 @@ def make_config(
         )
     vllm_config.additional_config = {"dms": config.to_dict()}
     return vllm_config, config
-
-
-class Worker:
-    """One rank. State 0 is the null state."""
-
-    def __init__(self, layout: ArenaLayout, max_num_seqs: int, seed: int) -> None:
-        self.layout = layout
-        self.rng = np.random.default_rng(seed)
-        self.rows = np.zeros((max_num_seqs + 1, layout.max_blocks_per_request), dtype=np.int64)
-        self.live = np.zeros((max_num_seqs + 1, layout.num_rows), dtype=np.int64)
-        self.tokens = np.zeros(max_num_seqs + 1, dtype=np.int64)
-
-    def pages(self, state: int) -> int:
-        return int((-(-self.live[state] // self.layout.page_size)).sum())
-
-    def blocks_used(self, state: int) -> list[int]:
-        return self.rows[state, : -(-self.pages(state) // self.layout.pages_per_block)].tolist()
-
-    def run(self, meta, num_tokens, keep_rates) -> DMSReport:
-        """num_tokens, keep_rates: by request, in the order of ``meta.states``."""
-        for state, position, block in meta.row_updates:
-            self.rows[state, position] = block
-        for state, first in meta.starts:
-            assert self.rows[state, 0] == first
-            self.live[state] = 0
-            self.tokens[state] = 0
-        for state, count, keep in zip(meta.states, num_tokens, keep_rates, strict=True):
-            start, ring = self.tokens[state], self.layout.ring_size
-            self.tokens[state] = end = start + count
-            leaving = max(end - ring, 0) - max(start - ring, 0)
-            # Uneven heads: every row keeps at its own rate around the request's.
-            rates = np.clip(keep * self.rng.uniform(0.5, 1.5, self.layout.num_rows), 0, 1)
-            rates = np.where(keep >= 1, 1.0, rates)
-            self.live[state] += self.rng.binomial(leaving, rates)
-            self.live[state] += min(end, ring) - min(start, ring)
-        out = np.zeros((len(self.rows), REPORT_HORIZON + 2), dtype=np.int32)
-        size = self.layout.page_size
-        for state in meta.states:
-            live = self.live[state]
-            pages = [(-(-(live + k) // size)).sum() for k in range(REPORT_HORIZON + 1)]
-            out[state] = [pages[0], *(p - pages[0] for p in pages[1:]), live.sum()]
-        return DMSReport(meta.step_id, meta.states.astype(np.int64), torch.from_numpy(out))
 
 
 class Engine:
@@ -226,6 +178,8 @@ class Engine:
             kv_connector_output=KVConnectorOutput(
                 kv_connector_worker_meta=report if scheduled else None,
                 invalid_block_ids=set(meta.fail_blocks),
+                finished_recving=set(meta.fail_requests),
+                failed_recving=set(meta.fail_requests),
             ),
         )
         for outputs in self.scheduler.update_from_output(output, result).values():

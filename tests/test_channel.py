@@ -104,6 +104,7 @@ def make_meta(states, row_updates=(), starts=(), step_id=1) -> DMSStepMeta:
         row_updates=np.array(row_updates, dtype=np.int32).reshape(-1, 3),
         starts=np.array(starts, dtype=np.int32).reshape(-1, 2),
         fail_blocks=frozenset(),
+        fail_requests=frozenset(),
     )
 
 

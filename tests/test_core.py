@@ -7,8 +7,7 @@ import pytest
 from core_sim import Engine, make_config, make_engine, make_layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm.sampling_params import SamplingParams
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
 from vllm_dms.backend.layout import choose_page_size
 from vllm_dms.core.ledger import Growth, Step
@@ -238,25 +237,3 @@ def test_preemption_in_the_step_that_grew_a_request_leaves_no_row_update():
     meta = manager.close_step("a")
     assert len(meta.row_updates) > 0 and state not in meta.row_updates[:, 0]
     assert len(meta.starts) == 0
-
-
-@pytest.mark.parametrize("lag", [0, 1])
-def test_turns_of_streaming_input_are_stored_once(lag):
-    """A turn ends by a stop token: what vLLM had scheduled ahead it takes back."""
-    engine = make_engine(extra_blocks=40, lag=lag)
-    params = SamplingParams(max_tokens=60, stop_token_ids=[7], ignore_eos=True)
-    engine.keep["stream"] = 1.0
-    engine.add("other", 30, 120, keep=0.5)
-    for turn in range(40):
-        engine.scheduler.add_request(
-            Request("stream", [1] * (2 if turn else 20), params, None, resumable=True)
-        )
-        for _ in range(8):
-            engine.step()
-        state = engine.manager.states["stream"]
-        computed = engine.scheduler.requests["stream"].num_computed_tokens
-        assert engine.workers[0].tokens[state] == computed
-    engine.scheduler.finish_requests("stream", RequestStatus.FINISHED_ABORTED)
-    engine.drain()
-    assert engine.finished["other"] == "length"
-    assert not engine.manager.states and not engine.manager.one_step_at_a_time

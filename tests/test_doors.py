@@ -64,3 +64,16 @@ def test_a_parser_built_from_the_engine_arguments_accepts_the_flag():
     for cls in (AsyncEngineArgs, EngineArgs):  # the first one is what loads the plugins
         args = cls.add_cli_args(FlexibleArgumentParser()).parse_args(DMS)
         assert args.kv_cache_dtype == "dms"
+
+
+def test_the_free_name_of_an_attention_backend_is_left_to_other_plugins():
+    """Until a DMS model is built."""
+    code = (
+        "from vllm.plugins import load_general_plugins as load; load()\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as Enum\n"
+        "print(Enum.CUSTOM.is_overridden())\n"
+        "import vllm_dms.backend.attention\n"
+        "print(Enum.CUSTOM.get_class().__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-2:] == ["False", "DMSCompactAttentionBackend"], done.stderr[-2000:]

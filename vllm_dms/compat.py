@@ -49,6 +49,7 @@ REQUIRED_HOOKS = {
     _CONNECTOR + "update_connector_output": "reports of the pages in use",
     _CONNECTOR + "has_pending_block_frees": "waiting for blocks that are about to return",
     _CONNECTOR + "get_block_ids_with_load_errors": "ending a request that can never fit",
+    _CONNECTOR + "get_transfer_results": "ending a waiting request that can never fit",
 }
 
 

@@ -47,10 +47,15 @@ def configure(vllm_config: VllmConfig) -> None:
     _apply(vllm_config, config)
 
 
+def settings_in(additional_config: Any) -> Any:
+    """What ``--additional-config`` has under "dms". vLLM allows other types than a dict there."""
+    return additional_config.get("dms") if isinstance(additional_config, dict) else None
+
+
 def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:
     model = vllm_config.model_config
     metadata = get_hf_file_to_dict("dms_metadata.json", model.model, model.revision)
-    overrides = vllm_config.additional_config.get("dms")
+    overrides = settings_in(vllm_config.additional_config)
     config = DMSConfig.from_checkpoint(model.hf_config, metadata, overrides, storage)
     if config is None:
         raise ValueError(
@@ -67,6 +72,8 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     parallel, hf_config = vllm_config.parallel_config, model.hf_config
     architectures = getattr(hf_config, "architectures", None) or []
     layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    ranks = parallel.tensor_parallel_size
+    borrowers = 1 if config.alpha_per == "layer" else model.get_total_num_kv_heads()
     checks = {
         f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": not any(
             name in ARCHITECTURES for name in architectures
@@ -87,6 +94,8 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
             "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
             and not model.enable_cumem_allocator
         ),
+        "VLLM_USE_BREAKABLE_CUDAGRAPH is set, but it cuts CUDA graphs at vLLM's own attention, "
+        "not at DMS's. Unset it.": envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
         "VLLM_BATCH_INVARIANT is set, but how DMS splits a row over the GPU depends on the whole "
         "batch, and with it the last bits of the result. Unset it.": envs.VLLM_BATCH_INVARIANT,
         "--kv-offloading-size is set, but DMS pages can't be offloaded. Remove it.": (
@@ -96,6 +105,10 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         "of survivors is not split over ranks. Set both to 1.": (
             (parallel.decode_context_parallel_size or 1) > 1
             or (parallel.prefill_context_parallel_size or 1) > 1
+        ),
+        f"--tensor-parallel-size is {ranks}, but the query head whose channel decides for "
+        f"{borrowers} KV head(s) is on one rank only. Use {borrowers} or less.": (
+            ranks > borrowers and not config.adapter
         ),
         "--pipeline-parallel-size is above 1, but reports of pages in use come from one stage "
         "only. Use --tensor-parallel-size instead.": parallel.pipeline_parallel_size > 1,
@@ -124,6 +137,14 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         'kernels is "triton", but this platform has no CUDA device. Use "auto" or "torch".': (
             config.kernels == "triton" and vllm_config.device_config.device_type != "cuda"
         ),
+        'kernels is "torch", which waits for the GPU in the middle of a step and so can\'t be in a '
+        'CUDA graph. Add --enforce-eager or use "auto".': (
+            config.kernels == "torch"
+            and vllm_config.device_config.device_type == "cuda"
+            and not model.enforce_eager
+        ),
+        f"additional_config is a {type(vllm_config.additional_config).__name__}, but DMS keeps its "
+        "settings there. Make it a dict.": not isinstance(vllm_config.additional_config, dict),
         f"the platform is {current_platform.device_name}, but DMS is built for NVIDIA GPUs and "
         "CPUs only. Serve this model with --kv-cache-dtype auto.": not (
             current_platform.is_cuda() or current_platform.is_cpu()
@@ -193,7 +214,7 @@ def _select_model(vllm_config: VllmConfig) -> None:
 
 
 def _warn_if_dense(vllm_config: VllmConfig) -> None:
-    model, overrides = vllm_config.model_config, vllm_config.additional_config.get("dms")
+    model, overrides = vllm_config.model_config, settings_in(vllm_config.additional_config)
     connector = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
     if connector == CONNECTOR and isinstance(overrides, dict) and "dialect" in overrides:
         return  # configured already

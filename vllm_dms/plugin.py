@@ -41,12 +41,7 @@ def register() -> None:
     }.items():
         ModelRegistry.register_model(name, target)
 
-    # The worker's side. CUSTOM is the name that every process can unpickle.
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    register_backend(
-        AttentionBackendEnum.CUSTOM, "vllm_dms.backend.attention.DMSCompactAttentionBackend"
-    )
+    # The worker's side: those models import `backend.attention`, which then registers its backend.
 
     # The scheduler's side: spec and manager. vLLM's own specs first: its registry fills itself
     # only while it is empty. The connector is named in the config (`gates`) and needs no entry.

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -237,6 +238,12 @@ def _attention_fake(
 ) -> None:
     return
 
+
+# The one free name, and one that every process can unpickle. Not before a DMS model is served: it
+# may be another plugin's.
+register_backend(
+    AttentionBackendEnum.CUSTOM, f"{__name__}.{DMSCompactAttentionBackend.__qualname__}"
+)
 
 _library = Library("vllm_dms", "FRAGMENT")
 direct_register_custom_op(

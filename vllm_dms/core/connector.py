@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.forward_context import ForwardContext
@@ -69,7 +70,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: Request) -> None:
         if request.resumable:
-            self._manager.one_step_at_a_time.add(request.request_id)
+            self._manager.sessions[request.request_id] = request
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -119,8 +120,13 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """How the scheduler is made to end a request that can't go on: with the load failure
-        policy "fail", a failed block ends the request that owns it with an error."""
+        policy "fail", a failed block ends the running request that owns it with an error."""
         return set(self._meta().fail_blocks)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The same for requests that wait, as the manager made them do, for a transfer."""
+        ended = self._meta().fail_requests
+        return KVConnectorTransferResults(finished_recving=set(ended), failed_recving=set(ended))
 
     def _meta(self) -> DMSStepMeta:
         meta: KVConnectorMetadata = self._get_connector_metadata()

@@ -8,6 +8,7 @@ import numpy as np
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
 from vllm_dms.core.ledger import Growth, Ledger, Step
@@ -48,7 +49,7 @@ class DMSManager(SingleTypeKVCacheManager):
         self._finishing: set[str] = set()
         # Requests with streaming input: when a turn stops, vLLM takes back the step it scheduled
         # ahead, whose token can't be taken out of the arena again. So there is none.
-        self.one_step_at_a_time: set[str] = set()
+        self.sessions: dict[str, Request] = {}
         self._paused = False
 
     # The scheduler's calls.
@@ -70,7 +71,7 @@ class DMSManager(SingleTypeKVCacheManager):
         state = self.states.get(request_id)
         if state is not None and not apply_admission_cap:
             ledger = self.ledger
-            if request_id in self.one_step_at_a_time and ledger.in_flight(state):
+            if request_id in self.sessions and ledger.in_flight(state):
                 self._paused = True
                 return self.block_pool.num_gpu_blocks  # more than there can be: not now
             if num_tokens <= ledger.read_safe_end[state]:
@@ -81,6 +82,9 @@ class DMSManager(SingleTypeKVCacheManager):
             if missing > self.block_pool.get_num_free_blocks():
                 first = blocks[0].block_id
                 self.shortages.note(Shortage(request_id, state, first, needed, missing))
+                session = self.sessions.get(request_id)
+                if session is not None and session.status == RequestStatus.WAITING:
+                    self.shortages.end_if_waiting_for_ever(session, self.num_usable_blocks)
             return missing
         held = 0 if state is None else len(self.req_to_blocks[request_id])
         if state is None and not (self._admit and self.ledger.num_free):
@@ -176,6 +180,7 @@ class DMSManager(SingleTypeKVCacheManager):
             row_updates=np.array(self._row_updates, dtype=np.int32).reshape(-1, 3),
             starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
             fail_blocks=self.shortages.take_fail_blocks(),
+            fail_requests=self.shortages.take_fail_requests(),
         )
         self._row_updates, self._starts = [], {}
         return meta
@@ -215,7 +220,7 @@ class DMSManager(SingleTypeKVCacheManager):
 
     def request_finishes(self, request_id: str) -> None:
         """Its blocks are about to be freed for good, not because it is preempted."""
-        self.one_step_at_a_time.discard(request_id)
+        self.sessions.pop(request_id, None)
         self._finishing.add(request_id)
 
 

@@ -19,7 +19,8 @@ class DMSStepMeta(KVConnectorMetadata):
     states: np.ndarray  # [n] state indices of the requests in the step
     row_updates: np.ndarray  # [u, 3] state index, position in its row of blocks, block id
     starts: np.ndarray  # [s, 2] new and resumed requests: state index, first block
-    fail_blocks: frozenset[int]  # first blocks of requests to end with an error
+    fail_blocks: frozenset[int]  # first blocks of running requests to end with an error
+    fail_requests: frozenset[str]  # waiting ones
 
 
 class DMSReport(KVConnectorWorkerMetadata):

@@ -4,6 +4,7 @@ vLLM's scheduler preempts the youngest running request then, in the end the one 
 request that can never fit, that would go on for ever. The official way out has two parts: a
 connector that has "pending block frees" keeps the scheduler from preempting, and a block that a
 worker names as failed ends the request that owns it with an error (failure policy "fail").
+A session with streaming input can lack blocks while it waits: it ends as if a transfer had failed.
 """
 
 from collections import deque
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_dms.core.ledger import Ledger, Step
 
@@ -41,6 +43,7 @@ class Shortages:
         self.condemned: set[str] = set()
         self.quarantine: dict[int, KVCacheBlock] = {}
         self._to_fail: list[int] = []
+        self._to_fail_waiting: list[str] = []
 
     def note(self, shortage: Shortage) -> None:
         self._last = shortage
@@ -65,6 +68,18 @@ class Shortages:
         deadline = self._waits.setdefault(request_id, self._in_flight[-1].step_id)
         return self._in_flight[0].step_id <= deadline
 
+    def end_if_waiting_for_ever(self, session: Request, num_usable_blocks: int) -> None:
+        """The next turn of a session with streaming input did not get its blocks. It is not
+        running, and vLLM admits nobody before it: if it can never fit, it must end.
+
+        As if a transfer for it had failed: it waits for one until the worker says so.
+        """
+        assert self._last is not None and self._last.request_id == session.request_id
+        if self._last.needed > num_usable_blocks:
+            session.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+            self._to_fail_waiting.append(session.request_id)
+            self._explain(self._last, num_usable_blocks)
+
     def resolved(self, request_id: str) -> None:
         """The request got its blocks, or a report showed that it needs none."""
         self._waits.pop(request_id, None)
@@ -80,6 +95,11 @@ class Shortages:
     def take_fail_blocks(self) -> frozenset[int]:
         """First blocks of requests to end, for the next message to the worker."""
         taken, self._to_fail = frozenset(self._to_fail), []
+        return taken
+
+    def take_fail_requests(self) -> frozenset[str]:
+        """Waiting requests to end, for the next message to the worker."""
+        taken, self._to_fail_waiting = frozenset(self._to_fail_waiting), []
         return taken
 
     def release(self, fail_blocks: Iterable[int]) -> list[KVCacheBlock]:

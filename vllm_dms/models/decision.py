@@ -15,13 +15,14 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 import vllm_dms.models.adapter_op  # noqa: F401 registers torch.ops.vllm_dms.alpha
 from vllm_dms.config import DMSConfig
+from vllm_dms.gates import settings_in
 
 DMS_WEIGHT_PREFIX = "dms_"
 
 
 def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
     """The resolved DMS settings of this engine, or None when it serves the checkpoint densely."""
-    resolved = vllm_config.additional_config.get("dms")
+    resolved = settings_in(vllm_config.additional_config)
     if not isinstance(resolved, dict) or "dialect" not in resolved:
         return None
     return DMSConfig.from_dict(resolved)
@@ -35,13 +36,8 @@ class BorrowedChannel(nn.Module):
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, per_layer: bool) -> None:
+        """Of this rank, which has whole groups: `gates` sees to it."""
         super().__init__()
-        if per_layer and get_tensor_model_parallel_world_size() > 1:
-            raise ValueError(
-                'dms_alpha_per "layer" with a borrowed query channel is not supported with '
-                "--tensor-parallel-size > 1: head 0, which decides for all, is on the first rank "
-                "only. Use --tensor-parallel-size 1."
-            )
         self.group = num_heads // num_kv_heads
         self.per_layer = per_layer
         borrowed = torch.zeros(num_heads, head_dim, dtype=torch.bool)

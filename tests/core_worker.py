@@ -1,0 +1,54 @@
+"""A worker that only counts, for `core_sim`.
+
+It keeps what the device would keep: per request and (layer, head) row the live slots, and pages
+handed out lowest first from the blocks that it was told of. It never asks the scheduler.
+"""
+
+import numpy as np
+import torch
+
+from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.core.messages import DMSReport
+
+
+class Worker:
+    """One rank. State 0 is the null state."""
+
+    def __init__(self, layout: ArenaLayout, max_num_seqs: int, seed: int) -> None:
+        self.layout = layout
+        self.rng = np.random.default_rng(seed)
+        self.rows = np.zeros((max_num_seqs + 1, layout.max_blocks_per_request), dtype=np.int64)
+        self.live = np.zeros((max_num_seqs + 1, layout.num_rows), dtype=np.int64)
+        self.tokens = np.zeros(max_num_seqs + 1, dtype=np.int64)
+
+    def pages(self, state: int) -> int:
+        return int((-(-self.live[state] // self.layout.page_size)).sum())
+
+    def blocks_used(self, state: int) -> list[int]:
+        return self.rows[state, : -(-self.pages(state) // self.layout.pages_per_block)].tolist()
+
+    def run(self, meta, num_tokens, keep_rates) -> DMSReport:
+        """num_tokens, keep_rates: by request, in the order of ``meta.states``."""
+        for state, position, block in meta.row_updates:
+            self.rows[state, position] = block
+        for state, first in meta.starts:
+            assert self.rows[state, 0] == first
+            self.live[state] = 0
+            self.tokens[state] = 0
+        for state, count, keep in zip(meta.states, num_tokens, keep_rates, strict=True):
+            start, ring = self.tokens[state], self.layout.ring_size
+            self.tokens[state] = end = start + count
+            leaving = max(end - ring, 0) - max(start - ring, 0)
+            # Uneven heads: every row keeps at its own rate around the request's.
+            rates = np.clip(keep * self.rng.uniform(0.5, 1.5, self.layout.num_rows), 0, 1)
+            rates = np.where(keep >= 1, 1.0, rates)
+            self.live[state] += self.rng.binomial(leaving, rates)
+            self.live[state] += min(end, ring) - min(start, ring)
+        out = np.zeros((len(self.rows), REPORT_HORIZON + 2), dtype=np.int32)
+        size = self.layout.page_size
+        for state in meta.states:
+            live = self.live[state]
+            pages = [(-(-(live + k) // size)).sum() for k in range(REPORT_HORIZON + 1)]
+            out[state] = [pages[0], *(p - pages[0] for p in pages[1:]), live.sum()]
+        return DMSReport(meta.step_id, meta.states.astype(np.int64), torch.from_numpy(out))

@@ -1,0 +1,79 @@
+"""Refusals that need what this machine may not have, or objects in place of flags."""
+
+from dataclasses import replace
+
+import pytest
+from test_gates import engine_config
+
+from vllm_dms import gates
+from vllm_dms.config import DMSConfig
+
+
+def refusals(vllm_config, config, **changes):
+    vllm_config.kv_transfer_config = None  # the plugin's own, as is the architecture
+    vllm_config.model_config.hf_config.architectures = ["Qwen3ForCausalLM"]
+    return gates._refusals(vllm_config, replace(config, **changes))
+
+
+def test_a_decision_is_borrowed_from_a_rank_that_has_the_head(checkpoint):
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"), tensor_parallel_size=2)
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    assert not refusals(vllm_config, config)
+    (text,) = refusals(vllm_config, config, alpha_per="layer")
+    assert "--tensor-parallel-size is 2" in text and "Use 1 or less" in text
+    assert not refusals(vllm_config, config, alpha_per="layer", dialect="nvidia-adapter")
+
+
+def test_plain_operations_do_not_go_into_a_cuda_graph(checkpoint, monkeypatch):
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"))
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(vllm_config.model_config, "enforce_eager", False)
+    assert any(
+        "Add --enforce-eager" in text for text in refusals(vllm_config, config, kernels="torch")
+    )
+    assert not refusals(vllm_config, config, kernels="triton")
+    vllm_config.model_config.enforce_eager = True
+    assert not refusals(vllm_config, config, kernels="torch")
+
+
+class Settings:
+    """vLLM takes any hashable object as additional_config."""
+
+    def compute_hash(self):
+        return "x"
+
+
+def test_additional_settings_of_another_kind(checkpoint):
+    vllm_config = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
+    vllm_config.additional_config = Settings()
+    gates.configure(vllm_config)
+    assert isinstance(vllm_config.additional_config, Settings)
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"))
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    vllm_config.additional_config = Settings()
+    assert any("Make it a dict" in text for text in refusals(vllm_config, config))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "refused"),
+    [("dms_fp8", 80, True), ("dms_fp8", 89, False), ("dms", 80, False)],
+)
+def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability, refused):
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"), kv_cache_dtype=dtype)
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    vllm_config.kv_transfer_config = None  # the plugin's own
+    monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(
+        gates.current_platform, "has_device_capability", lambda needed: capability >= needed
+    )
+    texts = gates._refusals(vllm_config, config)
+    assert any("dms_fp8" in text for text in texts) == refused
+
+
+def test_other_platforms_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(gates.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(gates.current_platform, "is_cuda", lambda: False)
+    vllm_config = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
+    config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
+    assert any("NVIDIA GPUs" in text for text in gates._refusals(vllm_config, config))

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import serving_results as results
@@ -97,11 +96,11 @@ def client_command(
     return command
 
 
-def ask(port: int, path: str, body: dict[str, Any] | None = None) -> str:
+def ask(port: int, path: str, body: dict[str, Any] | None = None, seconds: float = 120) -> str:
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     request = Request(f"http://127.0.0.1:{port}{path}", data, headers)
-    with urlopen(request, timeout=120) as response:
+    with urlopen(request, timeout=seconds) as response:
         return response.read().decode()
 
 
@@ -122,9 +121,9 @@ def check_port(port: int) -> None:
 def wait_until_ready(server: subprocess.Popen, port: int, log: Path, deadline: float) -> None:
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            ask(port, "/health")
+            ask(port, "/health", seconds=5)
             return
-        except (URLError, ConnectionError):
+        except OSError:  # nobody listens, or nobody answers
             time.sleep(0.5)
     raise RuntimeError(f"the server did not start: {results.first_error(log)}")
 
@@ -207,20 +206,19 @@ def run_arm(
     yield {"log": results.facts_of_log(log.read_text(errors="replace"))}
 
 
-def run(options: argparse.Namespace) -> str | None:
-    """Returns what was not measured, if anything."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Returns what went wrong."""
     started = time.monotonic()
     new = [(arm, workload(options), [c]) for arm in options.arms for c in options.concurrency]
-    report, records = start_report(options, COMMON, new), []
+    report, errors = start_report(options, COMMON, new), []
     for left, arm_name in zip(range(len(options.arms), 0, -1), options.arms, strict=True):
         args = server_args(ARMS[arm_name], options)
         record = serving_run.new_engine(report, arm_name, "server", args)
-        records.append(record)
         name = f"{report['run_id']}-{arm_name}-server"
         seconds = (options.seconds - (time.monotonic() - started)) / left
         updates = run_arm(ARMS[arm_name], args, name, options, seconds)
-        serving_run.keep(report, arm_name, record, updates, options.results)
-    return serving_run.failures(report, records)
+        errors.append(serving_run.keep(report, arm_name, record, updates, options.results))
+    return [error for error in errors if error]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -248,4 +246,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     end_on_signals()
-    sys.exit(run(parse_args()))
+    sys.exit("\n".join(run(parse_args())) or None)

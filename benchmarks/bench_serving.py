@@ -116,12 +116,12 @@ def start_report(
     return report
 
 
-def run(options: argparse.Namespace) -> str | None:
-    """Returns what was not measured, if anything."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Returns what went wrong."""
     started = time.monotonic()
     levels = {"decode-8k": options.levels}
     new = [(arm, w, levels.get(w, [])) for arm in options.arms for w in options.workloads]
-    report, records = start_report(options, COMMON, new), []
+    report, errors = start_report(options, COMMON, new), []
     engines = [(*plan, arm) for plan in plans(options) for arm in options.arms]
     for left, (group, plan, pool, arm_name) in zip(
         range(len(engines), 0, -1), engines, strict=True
@@ -129,7 +129,6 @@ def run(options: argparse.Namespace) -> str | None:
         arm = ARMS[arm_name]
         args = engine_args(arm, options.model, plan, pool, options)
         record = serving_run.new_engine(report, arm_name, group, args)
-        records.append(record)
         spec = {
             "engine": args,
             "measure": "serving_workloads",
@@ -139,8 +138,8 @@ def run(options: argparse.Namespace) -> str | None:
         remaining = options.seconds - (time.monotonic() - started)
         name, seconds = f"{report['run_id']}-{arm_name}-{group}", remaining / left
         updates = run_engine(name, spec, arm.dms is not None, options.logs, seconds)
-        serving_run.keep(report, arm_name, record, updates, options.results)
-    return serving_run.failures(report, records)
+        errors.append(serving_run.keep(report, arm_name, record, updates, options.results))
+    return [error for error in errors if error]
 
 
 def names_of(choices) -> Any:
@@ -206,4 +205,4 @@ def with_results(options: argparse.Namespace) -> argparse.Namespace:
 
 if __name__ == "__main__":
     end_on_signals()
-    sys.exit(run(parse_args()))
+    sys.exit("\n".join(run(parse_args())) or None)

@@ -39,7 +39,6 @@ class Arena:
         batch: int,
         chunk: int,
         stored: int,
-        tuning: Tuning | None = None,
         num_layers: int | None = None,
         device: str = "cuda",
     ) -> None:
@@ -63,7 +62,7 @@ class Arena:
         self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
         self._fill(batch, headroom)
         self._make_inputs(batch)
-        self.use(tuning)
+        self.use(None)
 
     def use(self, tuning: Tuning | None) -> None:
         tokens, heads = self.batch.num_tokens, HEADS * GROUP

@@ -119,8 +119,9 @@ def full_row(report: dict[str, Any], arm: str, record: dict[str, Any], row: Row)
 
 def keep(
     report: dict[str, Any], arm: str, record: dict[str, Any], updates: Iterable[Row], to: Path
-) -> None:
-    """Write down what an engine yields, as it comes; its rows enter the summary at its end."""
+) -> str | None:
+    """Write down what an engine yields, as it comes; its rows enter the summary at its end.
+    Returns why it did not measure all, if so."""
     for update in updates:
         if "row" in update:
             report["rows"].append(full_row(report, arm, record, update["row"]))
@@ -130,17 +131,7 @@ def keep(
             print(f"{arm} {json.dumps(update)[:400]}", flush=True)
         results.write_json(to / f"{report['run_id']}.json", report)
     results.update_summary(to / "summary.json", report["rows"])
-
-
-def failures(report: dict[str, Any], records: Iterable[dict[str, Any]]) -> str | None:
-    """What to end with if an engine of this part, one of ``records``, did not measure all."""
-    lines = [
-        f"{arm}, {name}: {record['error']}"
-        for arm, engines in report["arms"].items()
-        for name, record in engines.items()
-        if "error" in record and any(record is other for other in records)
-    ]
-    return "\n".join(["not everything was measured:", *lines]) if lines else None
+    return f"{arm} did not measure all: {record['error']}" if "error" in record else None
 
 
 def one_line(row: Row) -> str:

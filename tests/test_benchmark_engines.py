@@ -119,7 +119,7 @@ def test_a_rehearsal_writes_comparable_rows_of_two_arms(tmp_path, rehearsal, mon
              "--steps", "6", "--eager", "--results", str(tmp_path), "--logs", str(tmp_path)]
         )
     )  # fmt: skip
-    assert failed is None
+    assert not failed
     (report,) = tmp_path.glob("2*.json")
     arms = json.loads(report.read_text())["arms"]
     logs = {arm: arms[arm]["8k"]["log"] for arm in arms}
@@ -143,7 +143,7 @@ def test_a_server_answers_vllms_own_client(tmp_path, rehearsal):
              "--eager", "--results", str(tmp_path), "--logs", str(tmp_path)]
         )
     )  # fmt: skip
-    assert failed is None
+    assert not failed
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert row["workload"] == "serve-512-16" and row["completed"] == 4 and row["preemptions"] == 0
     assert row["decode_tok_s"] > 0 and 5 < row["live_compression"] < 8

@@ -20,7 +20,7 @@ def test_a_decision_is_borrowed_from_a_rank_that_has_the_head(checkpoint):
     config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
     assert not refusals(vllm_config, config)
     (text,) = refusals(vllm_config, config, alpha_per="layer")
-    assert "--tensor-parallel-size is 2" in text and "Use 1 or less" in text
+    assert "--tensor-parallel-size is 2" in text and "Use at most 1" in text
     assert not refusals(vllm_config, config, alpha_per="layer", dialect="nvidia-adapter")
 
 
@@ -62,12 +62,11 @@ def test_additional_settings_of_another_kind(checkpoint):
 def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability, refused):
     vllm_config = engine_config(checkpoint("nvidia-borrowed"), kv_cache_dtype=dtype)
     config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
-    vllm_config.kv_transfer_config = None  # the plugin's own
     monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
     monkeypatch.setattr(
         gates.current_platform, "has_device_capability", lambda needed: capability >= needed
     )
-    texts = gates._refusals(vllm_config, config)
+    texts = refusals(vllm_config, config)
     assert any("dms_fp8" in text for text in texts) == refused
 
 

@@ -50,6 +50,7 @@ REQUIRED_HOOKS = {
     _CONNECTOR + "has_pending_block_frees": "waiting for blocks that are about to return",
     _CONNECTOR + "get_block_ids_with_load_errors": "ending a request that can never fit",
     _CONNECTOR + "get_transfer_results": "ending a waiting request that can never fit",
+    "vllm.v1.request:RequestStatus.WAITING_FOR_REMOTE_KVS": "ending such a waiting request",
 }
 
 

@@ -107,7 +107,7 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
             or (parallel.prefill_context_parallel_size or 1) > 1
         ),
         f"--tensor-parallel-size is {ranks}, but the query head whose channel decides for "
-        f"{borrowers} KV head(s) is on one rank only. Use {borrowers} or less.": (
+        f"{borrowers} KV head(s) is on one rank only. Use at most {borrowers}.": (
             ranks > borrowers and not config.adapter
         ),
         "--pipeline-parallel-size is above 1, but reports of pages in use come from one stage "

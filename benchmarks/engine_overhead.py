@@ -93,7 +93,7 @@ def watch_engine(core: Any, dms: bool) -> Clocks:
         from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
         from vllm_dms.backend.attention import DMSMetadataBuilder
-        from vllm_dms.core.connector import DMSConnector
+        from vllm_dms.connector import DMSConnector
         from vllm_dms.core.ledger import Ledger
 
         # What of the worker's and the scheduler's time is the plugin's own.

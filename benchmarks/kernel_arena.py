@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps

@@ -23,11 +23,11 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_dms import plugin
-from vllm_dms.backend.layout import ArenaLayout
-from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.messages import DMSReport
+from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.spec import make_spec
 from vllm_dms.config import DMSConfig
-from vllm_dms.core.messages import DMSReport
-from vllm_dms.core.spec import make_spec
 
 PROMPT, CHUNK, MAX_MODEL_LEN = 4096, 1 << 21, 8192
 # Qwen3-8B: its window and shape, BF16.
@@ -62,7 +62,7 @@ def make_scheduler(model_dir: str, num_running: int, dms: bool) -> Scheduler:
     )
     connector = KVTransferConfig(
         kv_connector="DMSConnector",
-        kv_connector_module_path="vllm_dms.core.connector",
+        kv_connector_module_path="vllm_dms.connector",
         kv_role="kv_producer",
     )
     vllm_config = VllmConfig(

@@ -3,7 +3,7 @@
 import torch
 
 from vllm_dms import reference
-from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.config import DMSConfig
 

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.kernels.adapter import launch_alpha
-from vllm_dms.backend.layout import ArenaLayout
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig

@@ -18,10 +18,10 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_dms import plugin
-from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.manager import check_integrity
-from vllm_dms.core.spec import DMSCacheSpec, make_spec
 
 MAX_MODEL_LEN = 256
 CHUNK = 48
@@ -86,7 +86,7 @@ def make_config(
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=False),
             kv_transfer_config=KVTransferConfig(
                 kv_connector="DMSConnector",
-                kv_connector_module_path="vllm_dms.core.connector",
+                kv_connector_module_path="vllm_dms.connector",
                 kv_role="kv_producer",
             ),
         )

@@ -7,9 +7,9 @@ handed out lowest first from the blocks that it was told of. It never asks the s
 import numpy as np
 import torch
 
-from vllm_dms.backend.layout import ArenaLayout
-from vllm_dms.backend.ops import REPORT_HORIZON
-from vllm_dms.core.messages import DMSReport
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.messages import DMSReport
+from vllm_dms.arena.report import REPORT_HORIZON
 
 
 class Worker:

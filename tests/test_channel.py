@@ -10,15 +10,15 @@ from core_sim import make_config, make_engine, make_layout
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from vllm_dms.backend.layout import FP8_DTYPE
-from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.arena.layout import FP8_DTYPE
+from vllm_dms.arena.messages import DMSReport, DMSStepMeta
+from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.spec import make_spec
 from vllm_dms.backend.state import allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
 from vllm_dms.core import stats
 from vllm_dms.core.ledger import Growth
-from vllm_dms.core.messages import DMSReport, DMSStepMeta
-from vllm_dms.core.spec import make_spec
 
 LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 

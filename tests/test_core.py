@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from vllm_dms.backend.layout import choose_page_size
+from vllm_dms.arena.layout import choose_page_size
 from vllm_dms.core.ledger import Growth, Step
 from vllm_dms.core.manager import check_integrity
 from vllm_dms.core.shortage import Shortage, Shortages

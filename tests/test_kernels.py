@@ -17,7 +17,7 @@ import pytest
 from arena_harness import Harness, Sequence, feed, gather_row, make_config
 
 from vllm_dms import reference
-from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout
 from vllm_dms.backend.state import Batch
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.triton_ops import TritonOps, Tuning

@@ -6,7 +6,7 @@ from core_sim import CHUNK, make_engine, make_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.arena.report import REPORT_HORIZON
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
 from vllm_dms.core.ledger import Growth, Ledger
 

@@ -12,7 +12,7 @@ import pytest
 import vllm
 
 from vllm_dms import compat
-from vllm_dms.core.connector import DMSConnector
+from vllm_dms.connector import DMSConnector
 from vllm_dms.core.manager import DMSManager
 
 PATCHES = Path(__file__).parents[1] / "patches"

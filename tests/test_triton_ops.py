@@ -7,8 +7,9 @@ import pytest
 import torch
 from arena_harness import Harness, Sequence, feed, gather_row, make_config
 
-from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout
-from vllm_dms.backend.ops import REPORT_HORIZON, report
+from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.backend.ops import report
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.triton_ops import TritonOps, Tuning
 

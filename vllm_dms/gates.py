@@ -188,8 +188,8 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
     vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
-        kv_connector_module_path="vllm_dms.core.connector",
-        # How a request that can never go on is ended; see `core.connector`.
+        kv_connector_module_path="vllm_dms.connector",
+        # How a request that can never go on is ended; see `vllm_dms.connector`.
         kv_load_failure_policy="fail",
         # Not a consumer: consumers make the scheduler delay freeing blocks.
         kv_role="kv_producer",

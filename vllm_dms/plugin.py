@@ -48,8 +48,8 @@ def register() -> None:
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from vllm_dms.arena.spec import DMSCacheSpec
     from vllm_dms.core.manager import DMSManager
-    from vllm_dms.core.spec import DMSCacheSpec
 
     register_all_kvcache_specs(None)
     KVCacheSpecRegistry.register(DMSCacheSpec, DMSManager)

@@ -26,10 +26,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.backend.runtime import Runtime, get_runtime
 from vllm_dms.backend.state import Batch
 from vllm_dms.config import DMSConfig
-from vllm_dms.core.spec import DMSCacheSpec, make_spec
 
 OP_NAME = "vllm_dms::attention"
 

@@ -21,11 +21,9 @@ from typing import Protocol
 
 import torch
 
+from vllm_dms.arena.report import REPORT_HORIZON
 from vllm_dms.backend.state import ArenaState, Batch
 from vllm_dms.config import DMSConfig
-
-# Tokens in flight for which a report gives the exact worst case; beyond, a bound is used.
-REPORT_HORIZON = 4
 
 
 class Ops(Protocol):
@@ -80,9 +78,7 @@ class Ops(Protocol):
 def report(state: ArenaState, out: torch.Tensor) -> None:
     """Pages each request holds and may need next, after a step.
 
-    ``out`` int32 [num_states, 1 + REPORT_HORIZON + 1]: pages in use; for k = 1..REPORT_HORIZON the
-    most further pages that k more tokens can take, sum over rows of
-    ceil((live + k) / P) - ceil(live / P); last, live slots summed over rows.
+    ``out`` int32 [num_states, REPORT_WIDTH], columns as in `arena.report`.
     """
     size = state.layout.page_size
     live = state.live.flatten(1)

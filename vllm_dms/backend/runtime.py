@@ -7,7 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_dms.backend.layout import FP8_DTYPE, ArenaLayout, choose_page_size
+from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout, choose_page_size
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import (
     ArenaState,

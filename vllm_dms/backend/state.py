@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dms.backend.layout import SCALE_DTYPE, ArenaLayout
+from vllm_dms.arena.layout import SCALE_DTYPE, ArenaLayout
 
 
 @dataclass(frozen=True)

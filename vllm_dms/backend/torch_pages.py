@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_dms.backend.layout import FP8_DTYPE, SCALE_DTYPE
+from vllm_dms.arena.layout import FP8_DTYPE, SCALE_DTYPE
 from vllm_dms.backend.state import ArenaState
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 import triton
 
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
 from vllm_dms.backend.kernels.decode import decode_kernel, merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
@@ -21,7 +22,6 @@ from vllm_dms.backend.kernels.store import (
     store_window_kernel,
 )
 from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
-from vllm_dms.backend.layout import ArenaLayout
 from vllm_dms.backend.state import ArenaState, Batch
 from vllm_dms.config import DMSConfig
 

@@ -6,9 +6,10 @@ Both only enqueue work on the current stream, so they keep their place between t
 import numpy as np
 import torch
 
-from vllm_dms.backend.ops import REPORT_HORIZON, Ops
+from vllm_dms.arena.messages import DMSReport, DMSStepMeta
+from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import ArenaState
-from vllm_dms.core.messages import DMSReport, DMSStepMeta
 
 # More than the steps that can be in flight, so that a buffer's copy is long done when it is reused.
 NUM_BUFFERS = 8

@@ -3,8 +3,8 @@
 Only a guess: safety comes from the reservation caps of `ledger`, whatever is admitted.
 """
 
+from vllm_dms.arena.spec import DMSCacheSpec
 from vllm_dms.core.ledger import Growth
-from vllm_dms.core.spec import DMSCacheSpec
 
 # In tokens, over all requests. Until about this many have left a window, assume that all stay.
 PRIOR_TOKENS = 4096

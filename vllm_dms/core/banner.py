@@ -1,8 +1,8 @@
 """What an engine says at start-up about the cache it is going to serve from."""
 
+from vllm_dms.arena.spec import DMSCacheSpec
 from vllm_dms.backend.state import allocate_side_state
 from vllm_dms.config import DMSConfig
-from vllm_dms.core.spec import DMSCacheSpec
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_dms.backend.layout import ArenaLayout
-from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.report import REPORT_HORIZON
 
 
 class Step(NamedTuple):

@@ -10,11 +10,11 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dms.arena.messages import DMSStepMeta
+from vllm_dms.arena.spec import DMSCacheSpec
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
 from vllm_dms.core.ledger import Growth, Ledger, Step
-from vllm_dms.core.messages import DMSStepMeta
 from vllm_dms.core.shortage import Shortage, Shortages
-from vllm_dms.core.spec import DMSCacheSpec
 
 
 class DMSManager(SingleTypeKVCacheManager):

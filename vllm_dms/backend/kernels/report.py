@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dms.backend.ops import REPORT_HORIZON
+from vllm_dms.arena.report import REPORT_HORIZON
 from vllm_dms.backend.state import ArenaState
 
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.kernels.common import row_index
 from vllm_dms.backend.kernels.tuning import Tuning
-from vllm_dms.backend.layout import ArenaLayout
 
 
 class Schedule(NamedTuple):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_dms.backend.layout import ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.config import DMSConfig
 
 

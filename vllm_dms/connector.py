@@ -24,12 +24,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.backend.runtime import Runtime, bound_runtime
 from vllm_dms.backend.updates import apply_updates
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.banner import banner
 from vllm_dms.core.manager import DMSManager
-from vllm_dms.core.messages import DMSReport, DMSStepMeta
 from vllm_dms.core.stats import Stats
 
 logger = init_logger(__name__)

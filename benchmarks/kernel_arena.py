@@ -6,10 +6,12 @@ import torch
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
+from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.triton_ops import TritonOps, Tuning
+from vllm_dms.backend.triton_ops import TritonOps, can_overlap
 from vllm_dms.config import DMSConfig
 
 HEADS, GROUP, HEAD_DIM, WINDOW, PAGE, BLOCK = 8, 4, 128, 512, 64, 16
@@ -65,8 +67,12 @@ class Arena:
         self.use(None)
 
     def use(self, tuning: Tuning | None) -> None:
-        tokens, heads = self.batch.num_tokens, HEADS * GROUP
-        self.ops = TritonOps(self.layout, tokens, MAX_SEQS, heads, self.device, tuning)
+        tuning, device = tuning or default_tuning(self.layout), torch.device(self.device)
+        schedule = allocate_schedule(self.layout, MAX_SEQS, HEADS * GROUP, tuning, device)
+        own = (schedule, tuning, can_overlap(device))
+        self.ops = TritonOps(self.state, self.scratch, self.config, SCALE, *own)
+        self.plain = TorchOps(self.state, self.scratch, self.config, SCALE)
+        self.ops.begin_step(self.batch)
 
     def _fill(self, batch: int, headroom: int) -> None:
         """Random K and V; a request's pages in random order, as its rows grew side by side."""
@@ -123,8 +129,8 @@ class Arena:
             block_table=torch.tensor(self.first_blocks, **int32).unsqueeze(1),
             query_start=torch.arange(batch + 1, **int32) * self.chunk,
             seq_lens=torch.full((batch,), self.stored + self.chunk, **int32),
-            scratch=allocate_scratch(self.layout, tokens, device),
         )
+        self.scratch = allocate_scratch(self.layout, tokens, device)
 
     def restore(self) -> None:
         """Take back what stores appended."""
@@ -132,18 +138,16 @@ class Arena:
         self.state.pages_used.copy_(self.saved_used)
 
     def store(self, layer: int) -> None:
-        self.ops.store(self.state, self.batch, self.config, layer, self.key, self.value, self.alpha)
+        self.ops.store(self.batch, layer, self.key, self.value, self.alpha)
 
     def decode(self, layer: int) -> None:
-        self.ops.decode(self.state, self.batch, layer, self.query, self.output, SCALE)
+        self.ops.decode(self.batch, layer, self.query, self.output)
 
     def prefill(self, layer: int) -> None:
-        self.ops.prefill(
-            self.state, self.batch, layer, self.query, self.key, self.value, self.output, SCALE
-        )
+        self.ops.prefill(self.batch, layer, self.query, self.key, self.value, self.output)
 
     def store_window(self, layer: int) -> None:
-        self.ops.store_window(self.state, self.batch, layer, self.key, self.value)
+        self.ops.store_window(self.batch, layer, self.key, self.value)
 
     def decoded_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(kernel's, plain operations') output for up to 8 requests, after `decode`."""
@@ -159,8 +163,7 @@ class Arena:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         some = self._first(num_reqs)
         exact = torch.full(self.output.shape, float("nan"), device=self.device)
-        attend = getattr(TorchOps(), name)
-        attend(self.state, some, layer, query.float(), *kv, exact, SCALE)
+        getattr(self.plain, name)(some, layer, query.float(), *kv, exact)
         return self.output[: some.num_tokens], exact[: some.num_tokens]
 
     def _first(self, num_reqs: int) -> Batch:
@@ -172,9 +175,10 @@ class Arena:
         state, some = self.state, self._first(min(8, self.batch.num_reqs))
         changed = (self.raw, state.live, state.pages_used, state.page_table, state.evict_ring)
         saved = [tensor.clone() for tensor in changed]
-        ops.store(state, some, self.config, layer, self.key, self.value, self.alpha)
+        ops.begin_step(some)
+        ops.store(some, layer, self.key, self.value, self.alpha)
         if self.chunk > 1:
-            ops.store_window(state, some, layer, self.key, self.value)
+            ops.store_window(some, layer, self.key, self.value)
         rows = [state.evict_ring[1 : some.num_reqs + 1, layer].clone()]
         for index in range(1, some.num_reqs + 1):
             for head in range(HEADS):
@@ -183,6 +187,7 @@ class Arena:
                 rows += [part[page, slot % PAGE].float() for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
+        ops.begin_step(self.batch)
         return rows
 
     def bytes_moved(self, layer: int) -> dict[str, int]:
@@ -207,5 +212,5 @@ class Arena:
         """Keys that all query tokens of all KV heads see, after `store` of a chunk."""
         window = torch.arange(self.stored, self.stored + self.chunk, device=self.device) + 1
         window = window.clamp(max=self.layout.ring_size).repeat(self.batch.num_reqs)
-        survivors = self.batch.scratch.num_survivors[: self.batch.num_tokens]
+        survivors = self.scratch.num_survivors[: self.batch.num_tokens]
         return int(survivors.sum()) + int(window.sum()) * HEADS

@@ -201,7 +201,7 @@ def test_an_arena_is_made_at_every_draw_of_rates(seed):
     """A row that keeps all it is given needs every page of a request's longest length."""
     torch.manual_seed(seed)
     for chunk, stored in ((1, 600), (40, 600), (40, 0)):
-        arena = Arena(torch.bfloat16, 8, chunk, stored, num_layers=1, device="cpu")
+        arena = Arena(bench_kernels.STORAGE["bf16"], 8, chunk, stored, num_layers=1, device="cpu")
         assert int(arena.saved_live.max()) <= stored
         assert int((arena.state.block_rows > 0).sum(1).max()) <= arena.layout.max_blocks_per_request
 
@@ -230,6 +230,6 @@ def test_stores_are_gated_and_what_they_move_is_counted(monkeypatch, storage, ch
 
     arena.restore()
     arena.raw.copy_(before)
-    monkeypatch.setattr(bench_kernels.TorchOps, "store", lambda *args: None)
+    monkeypatch.setattr(arena.plain, "store", lambda *args: None)
     with pytest.raises(SystemExit, match="not timed"):
         bench_kernels.gate_store("store", arena)

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from arena_harness import feed, make_config
 from kernel_cases import (
     DEVICE,
@@ -14,21 +16,28 @@ from kernel_cases import (
     assert_null_state_untouched,
     assert_same_state,
     check,
+    equal,
     null_batch,
 )
 
 from vllm_dms import reference
+from vllm_dms.backend.kernels.common import round_mantissa
 from vllm_dms.backend.kernels.schedule import allocate_schedule
+
+NOT_FINITE = (float("nan"), float("inf"))
+
 
 def test_pages_have_one_owner_whatever_a_former_owner_left():
     tuning = replace(SMALL, programs=3, decode_block=32, prefill_block=32)
     check(Case(heads=3, window=3, chunks=(4, 1, 26, 1), lengths=(3, 33), tuning=tuning))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_fp8_rounds_to_the_byte_as_the_plain_operations_do():
-    """Values of every magnitude, whole tokens of zeros, subnormal results."""
+    """Values of every magnitude, whole tokens of zeros, subnormal results, NaN and infinity."""
     case = Case(storage="fp8", lengths=(40,), chunks=(17, 1, 1), rates=(0.0,))
     harnesses = [case.harness(kernels) for kernels in (True, False)]
+    outputs = []
     for harness in harnesses:
         seq = case.sequences()[0]
         g = torch.Generator().manual_seed(0)
@@ -36,9 +45,32 @@ def test_fp8_rounds_to_the_byte_as_the_plain_operations_do():
             exponents = torch.randint(-12, 8, kv.shape, generator=g)
             noise = torch.randn(kv.shape, generator=g) * 2.0**exponents
             noise[3], noise[25] = 0.0, 1e-8
+            # In a chunk's survivors and window, and in tokens that came alone.
+            for token, bad in zip((2, 12, 20, 30), NOT_FINITE * 2, strict=True):
+                noise[token, 0, 5], noise[token + 1, 1, 0] = bad, -bad
             setattr(seq, name, noise.to(kv))
         feed(harness, [seq], case.chunks)
+        outputs.append(torch.cat(seq.outputs))
     assert_same_state(case, *harnesses)
+    # A query that sees one of them shows it.
+    assert torch.equal(*(out.isnan() for out in outputs))
+    assert outputs[0].isnan().any() and not outputs[0].isnan().all()
+
+
+@triton.jit
+def round_kernel(bits_ptr, out_ptr):
+    i = tl.arange(0, 8)
+    x = tl.load(bits_ptr + i).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + i, round_mantissa(x, 16))
+
+
+def test_rounding_keeps_nan_and_infinity():
+    """A GPU's NaN is 0x7FFFFFFF: rounded as an integer it would be the zero 0x80000000."""
+    bits = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x3F808000, 0x3F818000, -0x80000000]
+    bits = torch.tensor(bits, device=DEVICE).int()
+    out = torch.zeros(8, device=DEVICE)
+    round_kernel[(1,)](bits, out)
+    assert equal(out, bits.view(torch.float32).bfloat16().float())
 
 
 @pytest.mark.parametrize("storage", ["model", "fp8"])

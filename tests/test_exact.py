@@ -4,7 +4,7 @@ import pytest
 from checkpoints import random_tokens
 
 from vllm_dms.backend.runtime import get_runtime
-from vllm_dms.core.manager import check_integrity
+from vllm_dms.core.integrity import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
 
 NOISE = 1e-3  # nats; fp32 rounding is about 3e-5, the mildest wrong rule about 3e-2

@@ -70,7 +70,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: Request) -> None:
         if request.resumable:
-            self._manager.sessions[request.request_id] = request
+            self._manager.sessions.open(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -93,7 +93,8 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
             self._manager.forget_failed(connector_output.invalid_block_ids)
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, DMSReport):
-            self.stats.add(self._manager.merge(report.step_id, report.rows))
+            step, growth = self._manager.merge(report)
+            self.stats.add(step, report.usage, growth)
 
     def has_pending_block_frees(self) -> bool:
         return self._manager.should_wait()
@@ -102,7 +103,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._manager.request_finishes(request.request_id)
-        return False, {"dms": self.stats.of_request(request.request_id)}
+        return False, {"dms": self.stats.of_finished(request.request_id)}
 
     # The worker's half.
 

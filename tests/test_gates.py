@@ -1,33 +1,13 @@
 """Bad input gets one clear error; engines that don't ask for DMS stay as they were."""
 
-import json
 import logging
 import re
 
 import pytest
 from checkpoints import make_checkpoint, random_tokens
+from engines import edit_config, engine_args, engine_config, generate, sampling
 from safetensors.torch import load_file, save_file
-from test_exact import engine_args, generate, sampling
 from vllm import envs
-
-
-def engine_config(path, **kwargs):
-    from vllm.engine.arg_utils import EngineArgs
-
-    args = {"kv_cache_dtype": "dms", "max_model_len": 512, "enforce_eager": True, **kwargs}
-    return EngineArgs(model=str(path), **args).create_engine_config()
-
-
-def edit_config(path, out_dir, **changes):
-    """A copy of a checkpoint with config.json changed; None removes a key."""
-    out_dir.mkdir(exist_ok=True)
-    for file in path.iterdir():
-        (out_dir / file.name).write_bytes(file.read_bytes())
-    config = json.loads((path / "config.json").read_text()) | changes
-    config = {k: v for k, v in config.items() if v is not None}
-    (out_dir / "config.json").write_text(json.dumps(config))
-    return out_dir
-
 
 REFUSED = {
     "speculation": (
@@ -128,8 +108,13 @@ def test_weights_can_be_updated_in_chunks(checkpoint, make_engine):
             },
             "sliding-window",
         ),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 64, "local_size": 16}},
+            "dual_chunk_attention_config",
+        ),
+        ({"is_causal": False}, "is_causal"),
     ],
-    ids=["missing", "mistyped", "unknown", "fp8 KV", "sliding window"],
+    ids=["missing", "mistyped", "unknown", "fp8 KV", "sliding window", "dual chunk", "encoder"],
 )
 def test_odd_checkpoints_are_refused_by_name(checkpoint, tmp_path, changes, named):
     path = edit_config(checkpoint("nvidia-borrowed"), tmp_path / "odd", **changes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exact import NOISE, engine_args, prompts
+from engines import NOISE, engine_args, prompts
 
 from vllm_dms.reference import ReferenceModel
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_gates import engine_config
+from engines import engine_config
 
 from vllm_dms import gates
 from vllm_dms.config import DMSConfig

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_exact import NOISE, generate, sampling
+from engines import NOISE, generate, sampling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,

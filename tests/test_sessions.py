@@ -2,7 +2,7 @@
 
 import pytest
 from core_sim import make_engine as simulated_engine
-from test_exact import DIALECTS, engine_args, prompts, scheduler_of
+from engines import engine_args, prompts, scheduler_of
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
@@ -174,7 +174,7 @@ def turns_of_three_sessions(llm) -> dict[str, list[int]]:
 def test_a_whole_engine_ends_the_session_and_goes_on(checkpoint, make_engine):
     overrides = {"dms": {"reserve_compression": 8, "evict": False}}
     args = engine_args(256, num_gpu_blocks_override=65, additional_config=overrides)
-    llm = make_engine(checkpoint(**DIALECTS["borrowed"]), **args)
+    llm = make_engine(checkpoint("nvidia-borrowed"), **args)
     core = llm.llm_engine.engine_core.engine_core
     finished = {}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exact import NOISE, generate, worst_error
+from engines import NOISE, generate, worst_error
 
 import vllm_dms
 from benchmarks.tiny.needles import make_prompts

@@ -10,16 +10,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from vllm_dms.models.families import FAMILIES, family_of_architectures
+
 Dialect = Literal["nvidia-borrowed", "nvidia-adapter", "fastdms"]
 
 SUPPORTED_FORMATS = (
-    "Supported DMS checkpoints (Qwen3 and Llama): NVIDIA borrowed-channel (dms_window_size, "
-    "dms_alpha_scale and dms_initial_alpha_offset in config.json, like nvidia/Qwen3-8B-DMS-8x); "
+    f"Supported DMS checkpoints ({', '.join(family.name for family in FAMILIES)}): "
+    "NVIDIA borrowed-channel (dms_window_size, dms_alpha_scale and dms_initial_alpha_offset in "
+    "config.json, like nvidia/Qwen3-8B-DMS-8x); "
     "NVIDIA adapter (the same with dms_separate_alpha: true and self_attn.dms_proj_alpha* weights, "
     "as Model-Optimizer trains); FastDMS (window_size, alpha_scale and alpha_offset in "
     "dms_metadata.json or config.json, like shisa-ai/Llama-3.2-1B-DMS-8x)."
 )
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+SUPPORTED_ARCHITECTURES = tuple(family.architecture for family in FAMILIES)
 
 # Where each format keeps what; True: there is no safe default, so it must be there.
 _NVIDIA_KEYS = {
@@ -190,9 +193,8 @@ def _checked_overrides(overrides: Mapping | None) -> dict[str, Any]:
 
 
 def _check_architecture(config: Mapping) -> None:
-    # NVIDIA's own class names carry a DMS suffix; the architecture is the same.
     names = config.get("architectures") or []
-    if names and not any(n.replace("DMS", "") in SUPPORTED_ARCHITECTURES for n in names):
+    if names and family_of_architectures(names) is None:
         raise ValueError(
             f"architectures is {names}: DMS is not implemented for it. {SUPPORTED_FORMATS}"
         )

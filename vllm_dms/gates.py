@@ -16,17 +16,11 @@ from vllm.transformers_utils.config import get_hf_file_to_dict
 
 from vllm_dms.compat import check_hooks, check_vllm_version
 from vllm_dms.config import SUPPORTED_FORMATS, DMSConfig
+from vllm_dms.models.families import family_of_architectures
 
 logger = init_logger(__name__)
 
 CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8"}  # flag value -> DMSConfig.storage
-# Architecture in the checkpoint's config.json -> the class `plugin` registers.
-ARCHITECTURES = {
-    "Qwen3ForCausalLM": "DMSQwen3ForCausalLM",
-    "Qwen3ForCausalLMDMS": "DMSQwen3ForCausalLM",
-    "LlamaForCausalLM": "DMSLlamaForCausalLM",
-    "LlamaForCausalLMDMS": "DMSLlamaForCausalLM",
-}
 CONNECTOR = "DMSConnector"
 # vLLM's own list plus ours; set before vLLM fills in its default.
 ATTENTION_OP = "vllm_dms::attention"
@@ -75,8 +69,8 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     ranks = parallel.tensor_parallel_size
     borrowers = 1 if config.alpha_per == "layer" else model.get_total_num_kv_heads()
     checks = {
-        f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": not any(
-            name in ARCHITECTURES for name in architectures
+        f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": (
+            family_of_architectures(architectures) is None
         ),
         f"--model-impl is {model.model_impl!r}, but DMS is built into vLLM's own models. Remove "
         "it.": model.model_impl not in ("auto", "vllm"),
@@ -128,6 +122,14 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         "the model has sliding-window or linear attention layers, but DMS replaces full attention "
         "only. Serve it with --kv-cache-dtype auto.": (
             layer_types != {"full_attention"} or cache.sliding_window is not None
+        ),
+        "the model has dual_chunk_attention_config, but DMS computes plain causal attention. "
+        "Remove it from config.json, or serve this model with --kv-cache-dtype auto.": (
+            getattr(hf_config, "dual_chunk_attention_config", None)
+        ),
+        "the model has is_causal: false (bidirectional attention), but DMS computes plain causal "
+        "attention. Serve it with --kv-cache-dtype auto.": (
+            getattr(hf_config, "is_causal", True) is False
         ),
         "--kv-cache-dtype-skip-layers is set, but all layers share one arena. Remove it.": (
             cache.kv_cache_dtype_skip_layers
@@ -206,8 +208,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
 def _select_model(vllm_config: VllmConfig) -> None:
     """Serve this model, and no other of its architecture, with the DMS model class."""
     model = vllm_config.model_config
-    found = next(name for name in model.hf_config.architectures if name in ARCHITECTURES)
-    architectures = [ARCHITECTURES[found]]
+    family = family_of_architectures(model.hf_config.architectures)
+    assert family is not None, "refused above"
+    architectures = [family.dms_architecture]
     model.hf_config.architectures = architectures
     model.model_arch_config.architectures = architectures
     model._model_info, model._architecture = model.registry.inspect_model_cls(architectures, model)
@@ -224,7 +227,7 @@ def _warn_if_dense(vllm_config: VllmConfig) -> None:
             f"{vllm_config.cache_config.cache_dtype!r}, so it would have no effect. Add "
             "--kv-cache-dtype dms or remove the setting."
         )
-    if not set(getattr(model.hf_config, "architectures", None) or []) & set(ARCHITECTURES):
+    if family_of_architectures(getattr(model.hf_config, "architectures", None) or []) is None:
         return
     keys = model.hf_config.to_dict()
     local = Path(model.model, "dms_metadata.json").is_file()

@@ -29,17 +29,11 @@ def register() -> None:
     # The models. Named by path: imported only by an engine that serves one.
     from vllm.model_executor.models.registry import ModelRegistry
 
-    qwen3, llama = (
-        "vllm_dms.models.qwen3:DMSQwen3ForCausalLM",
-        "vllm_dms.models.llama:DMSLlamaForCausalLM",
-    )
-    for name, target in {
-        "DMSQwen3ForCausalLM": qwen3,
-        "Qwen3ForCausalLMDMS": qwen3,  # Model-Optimizer's name for its adapter form
-        "DMSLlamaForCausalLM": llama,
-        "LlamaForCausalLMDMS": llama,
-    }.items():
-        ModelRegistry.register_model(name, target)
+    from vllm_dms.models.families import FAMILIES
+
+    for family in FAMILIES:
+        for name in (family.dms_architecture, family.nvidia_architecture):
+            ModelRegistry.register_model(name, f"vllm_dms.models:{family.dms_architecture}")
 
     # The worker's side: those models import `backend.attention`, which then registers its backend.
 

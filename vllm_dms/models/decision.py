@@ -4,8 +4,6 @@
 where the token is stored (`reference.decide` says in which arithmetic).
 """
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -16,8 +14,6 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 import vllm_dms.models.adapter_op  # noqa: F401 registers torch.ops.vllm_dms.alpha
 from vllm_dms.config import DMSConfig
 from vllm_dms.gates import settings_in
-
-DMS_WEIGHT_PREFIX = "dms_"
 
 
 def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
@@ -38,20 +34,21 @@ class BorrowedChannel(nn.Module):
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, per_layer: bool) -> None:
         """Of this rank, which has whole groups: `gates` sees to it."""
         super().__init__()
-        self.group = num_heads // num_kv_heads
+        self.num_heads, self.group = num_heads, num_heads // num_kv_heads
         self.per_layer = per_layer
         borrowed = torch.zeros(num_heads, head_dim, dtype=torch.bool)
         borrowed[:: self.group, -1] = True
-        self.register_buffer("borrowed", borrowed, persistent=False)
+        self.register_buffer("borrowed", borrowed.flatten(), persistent=False)
 
-    def read(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha [T, H], cleared query) of the query heads [T, H * G, D] before RoPE."""
-        alpha = query[:, :: self.group, -1]
+    def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha [T, H], what is left of the query), see `AlphaAdapter.read`."""
+        alpha = query.unflatten(-1, (self.num_heads, -1))[:, :: self.group, -1]
         if self.per_layer:
             alpha = alpha[:, :1].expand_as(alpha)
         return alpha.contiguous(), self.clear(query)
 
     def clear(self, query: torch.Tensor) -> torch.Tensor:
+        """The query [T, H * G * D] for attention, before RoPE or after it."""
         return query.masked_fill(self.borrowed, 0.0)
 
 
@@ -85,50 +82,23 @@ class AlphaAdapter:
         # One launch instead of several for the few tokens of a decode step.
         self.fused = self.proj.weight.device.type == "cuda"
 
-    def read(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """alpha [T, H] of the residual stream [T, hidden]."""
+    def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha [T, H], query) of the residual stream [T, hidden] and of the query before RoPE."""
         if self.fused:
             alpha = torch.ops.vllm_dms.alpha(
-                hidden_states,
+                stream,
                 self.norm.weight,
                 self.proj.weight,
                 self.proj.bias,
                 self.norm.variance_epsilon,
             )
         else:
-            alpha, _ = self.proj(self.norm(hidden_states))
+            alpha, _ = self.proj(self.norm(stream))
         if self.per_layer:
-            return alpha[:, :1].expand(-1, self.num_kv_heads).contiguous()
-        return alpha[:, self.first_head : self.first_head + self.num_kv_heads].contiguous()
+            alpha = alpha[:, :1].expand(-1, self.num_kv_heads)
+        else:
+            alpha = alpha[:, self.first_head : self.first_head + self.num_kv_heads]
+        return alpha.contiguous(), query
 
-
-def check_dms_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], config: DMSConfig | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass weights on; drop the adapter's when serving densely; refuse what the config denies."""
-    for name, weight in weights:
-        if name.rsplit("self_attn.", 1)[-1].startswith(DMS_WEIGHT_PREFIX):
-            if config is None:
-                continue
-            if not config.adapter:
-                raise ValueError(
-                    f"the checkpoint has the adapter weight {name}, but its config says that the "
-                    "decision is borrowed from a query channel (dms_separate_alpha is false). Set "
-                    '"dms_separate_alpha": true in config.json or remove the weight.'
-                )
-        yield name, weight
-
-
-def require_dms_weights(model: nn.Module, loaded: set[str], config: DMSConfig | None) -> None:
-    """Refuse a checkpoint that lacks adapter weights: an adapter left random evicts at random."""
-    if config is None or not config.adapter:
-        return
-    names = [n for n, _ in model.named_parameters() if f"self_attn.{DMS_WEIGHT_PREFIX}" in n]
-    missing = sorted(set(names) - loaded)
-    if missing:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} of {len(names)} DMS adapter weights, first "
-            f"{missing[0]}; its config says dms_separate_alpha: true. Use a complete checkpoint "
-            "(NVIDIA Model-Optimizer format), or set dms_separate_alpha to false if the decision "
-            "is in a query channel."
-        )
+    def clear(self, query: torch.Tensor) -> torch.Tensor:
+        return query  # nothing of it was borrowed

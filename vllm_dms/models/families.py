@@ -1,0 +1,48 @@
+"""The model families that DMS is built into: the one table that everything else reads.
+
+Pure data, importable without torch or vLLM. A row is enough to serve a family whose vLLM class is
+built like Llama: `model.layers[i]` with `input_layernorm` and a `self_attn` that has `qkv_proj`,
+`rotary_emb`, `attn` and `o_proj`, called with positions and hidden states (`graft`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+NVIDIA_SUFFIX = "DMS"  # NVIDIA's classes are named after the dense ones, with this in the name
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str  # for people
+    model_type: str  # in config.json
+    architecture: str  # in config.json, and of the class in transformers and vLLM
+    module: str  # where vLLM has that class
+    qk_norm: bool = False  # queries and keys are normed per head, before RoPE
+    # Whether q_proj, k_proj and v_proj have biases: as config.json says, or always.
+    qkv_bias: Literal["attention_bias", "always"] = "attention_bias"
+    moe: bool = False  # mlp is a router and experts
+
+    @property
+    def dms_architecture(self) -> str:
+        """The class that `vllm_dms.models` makes of vLLM's."""
+        return NVIDIA_SUFFIX + self.architecture
+
+    @property
+    def nvidia_architecture(self) -> str:
+        """What Model-Optimizer calls its class of the adapter form."""
+        return self.architecture + NVIDIA_SUFFIX
+
+
+_VLLM = "vllm.model_executor.models."
+FAMILIES = (
+    Family("Qwen3", "qwen3", "Qwen3ForCausalLM", _VLLM + "qwen3", qk_norm=True),
+    Family("Llama", "llama", "LlamaForCausalLM", _VLLM + "llama"),
+)
+ARCHITECTURES = {family.architecture: family for family in FAMILIES}
+
+
+def family_of_architectures(names: Iterable[str]) -> Family | None:
+    """The family of config.json's `architectures`, also under NVIDIA's and this plugin's names."""
+    known = (ARCHITECTURES.get(name.replace(NVIDIA_SUFFIX, "")) for name in names)
+    return next((family for family in known if family is not None), None)

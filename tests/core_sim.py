@@ -21,6 +21,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_dms import plugin
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.spec import DMSCacheSpec, make_spec
+from vllm_dms.arena.storage import ModelStorage
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.integrity import check_integrity
 
@@ -49,7 +50,7 @@ def make_layout(**overrides) -> ArenaLayout:
         "window": 15,
         "page_size": 8,
         "block_size": 16,
-        "storage_dtype": torch.float32,
+        "storage": ModelStorage(torch.float32),
         "max_model_len": MAX_MODEL_LEN,
     }
     return ArenaLayout(**{**values, **overrides})

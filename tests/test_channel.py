@@ -11,10 +11,10 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from vllm_dms.arena import spec
-from vllm_dms.arena.layout import FP8_DTYPE
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.arena.spec import make_spec
+from vllm_dms.arena.storage import FP8Storage, ModelStorage
 from vllm_dms.backend.state import allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
@@ -24,21 +24,24 @@ from vllm_dms.core.ledger import Growth, Step
 LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 
 
-def make_specs(dtype=torch.float32, reserve_compression=1.0):
+FLOAT32 = ModelStorage(torch.float32)
+
+
+def make_specs(storage=FLOAT32, reserve_compression=1.0):
     vllm_config, config = make_config(reserve_compression)
     return vllm_config, {
-        name: make_spec(vllm_config, config, make_layout(storage_dtype=dtype)) for name in LAYERS
+        name: make_spec(vllm_config, config, make_layout(storage=storage)) for name in LAYERS
     }
 
 
 # The spec, as vLLM plans with it.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8_DTYPE], ids=str)
-def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(dtype):
+@pytest.mark.parametrize("storage", [FLOAT32, ModelStorage(torch.bfloat16), FP8Storage()], ids=str)
+def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(storage):
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
-    vllm_config, specs = make_specs(dtype)
+    vllm_config, specs = make_specs(storage)
     layout = specs[LAYERS[0]].layout
     assert specs[LAYERS[0]].page_size_bytes * len(LAYERS) == layout.block_bytes
     vllm_config.cache_config.kv_cache_layout = "BLHNC"

@@ -1,5 +1,8 @@
 """Laws of the ledger and of the admission guess, without a scheduler."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from core_sim import CHUNK, make_engine, make_layout
@@ -104,6 +107,11 @@ def test_the_live_fraction_starts_at_one_and_follows_what_is_kept():
     for _ in range(1000):
         fraction.add(Growth(eligible=1_000, fullest=5_000, kept=0))
     assert fraction.value == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_ledger_needs_no_torch():
+    code = "import sys, vllm_dms.core.ledger; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_state_index_has_one_owner():

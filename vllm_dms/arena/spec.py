@@ -93,7 +93,7 @@ def make_spec(vllm_config: VllmConfig, config: DMSConfig, layout: ArenaLayout) -
         block_size=layout.block_size,
         num_kv_heads=layout.num_kv_heads,
         head_size=layout.head_dim,
-        dtype=layout.storage_dtype,
+        dtype=layout.storage.dtype,
         state_content_bytes=layout.slot_bytes,
         layout=layout,
         max_num_seqs=scheduler.max_num_seqs,

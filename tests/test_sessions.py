@@ -134,7 +134,7 @@ def test_a_whole_engine_goes_on_with_the_tokens_of_sessions_that_gave_way(
         args = engine_args(
             256, max_model_len=512, num_gpu_blocks_override=blocks, additional_config=dms
         )
-        llm = make_engine(checkpoint(**DIALECTS["borrowed"]), **args)
+        llm = make_engine(checkpoint("nvidia-borrowed"), **args)
         answers[blocks] = turns_of_three_sessions(llm)
     assert answers[34] == answers[200]
     assert len(answers[34]) == 7 and all(len(ids) == 4 for ids in answers[34].values())

@@ -66,7 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute layers: less memory"
+        "--recompute",
+        type=int,
+        metavar="LAYERS",
+        help="layers that keep little and compute the rest again for the gradients: less memory "
+        "(default: as many as this GPU needs)",
     )
     parser.add_argument(
         "--deterministic",
@@ -127,7 +131,7 @@ def retrofit(args: argparse.Namespace) -> dict:
         )
     train_rows, eval_rows = rows[: len(rows) - args.eval_rows], rows[len(rows) - args.eval_rows :]
     work = args.out / "training"
-    trainer = Trainer(model, train_rows, recipe, work, checkpointing=args.gradient_checkpointing)
+    trainer = Trainer(model, train_rows, recipe, work, recompute=args.recompute)
     print(
         f"{len(train_rows)} rows of {recipe.length} tokens; "
         f"{sum(p.numel() for p in trainer.trained.values())} trained parameters in "

@@ -182,9 +182,7 @@ def query_gradient_kernel(
         dq, q, do, lse, delta, k_ptr + k_base, v_ptr + k_base, gate_base, m0, near, hi, stride_k,
         tokens, scale, window, D, BLOCK_N, WHOLE, EXACT, True,
     )  # fmt: skip
-    store_rows(
-        dq_ptr + q_base, m0, stride_q, tokens, dq * (scale * LN2), D, D_PAD, BLOCK_M, WHOLE
-    )
+    store_rows(dq_ptr + q_base, m0, stride_q, tokens, dq * (scale * LN2), D, D_PAD, BLOCK_M, WHOLE)
 
 
 @triton.jit
@@ -252,9 +250,7 @@ def key_gradient_kernel(
             delta_ptr + row_q, n0, far, tokens, stride_q, tokens, scale, window, D, BLOCK_M, WHOLE,
             EXACT, False,
         )  # fmt: skip
-    store_rows(
-        dk_ptr + k_base, n0, stride_k, tokens, dk * (scale * LN2), D, D_PAD, BLOCK_N, WHOLE
-    )
+    store_rows(dk_ptr + k_base, n0, stride_k, tokens, dk * (scale * LN2), D, D_PAD, BLOCK_N, WHOLE)
     store_rows(dv_ptr + k_base, n0, stride_k, tokens, dv, D, D_PAD, BLOCK_N, WHOLE)
     offs = n0 + tl.arange(0, BLOCK_N)
     tl.store(d_gate_ptr + row + offs, d_gate, mask=offs < tokens)

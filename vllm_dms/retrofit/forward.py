@@ -7,7 +7,6 @@ Shapes: B sequences, T tokens, L layers, Hq query heads, H KV heads, D head_dim.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,12 +114,15 @@ def decoder_layer(
     """x (B, T, hidden) -> the same, and evict (B, H, T). dms None: the original model.
 
     recompute: keep only what attention needs, and compute the rest again for the gradients."""
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if not recompute:
-        again = lambda function, *args: function(*args)  # noqa: E731
-    q, k, v, log_keep, evict = again(project, layer, index, x, cos, sin, dms, gate)
+
+    def part(function, *args):
+        if recompute:
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+    q, k, v, log_keep, evict = part(project, layer, index, x, cos, sin, dms, gate)
     attended = attention(q, k, v, log_keep, dms.window if dms else 0)
-    return again(finish, layer, x, attended), evict
+    return part(finish, layer, x, attended), evict
 
 
 def forward(

@@ -32,7 +32,7 @@ SHAPE = dict(
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
     tie_word_embeddings=False,
 )  # fmt: skip
-HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 512
+HEADS, KV_HEADS, DIM, WINDOW, LENGTHS = 32, 8, 128, 512, (8192, 16384, 32768)
 TILES = {
     "forward": [
         (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3),
@@ -226,16 +226,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--compile", help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 16384, 32768])
     args = parser.parse_args()
     if args.compile:
         return compile_one(args.compile)
-    report = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": sys.argv,
-    }
+    report = {"gpu": torch.cuda.get_device_name(), "command": sys.argv}
+    report |= {"torch": torch.__version__, "triton": triton.__version__}
 
     def record(name, value) -> None:
         report[name] = value
@@ -251,12 +246,12 @@ def main() -> None:
     module.choose_tiles = lambda q: chosen
     with tempfile.TemporaryDirectory() as work, deterministic():
         model = random_model()
-        for tokens in args.tokens:
+        for tokens in LENGTHS:
             try:
                 record(f"step_{tokens}", steps(model, tokens, Path(work)))
             except torch.OutOfMemoryError as error:
                 record(f"step_{tokens}", {"error": str(error)[:300]})
-            if tokens == args.tokens[0]:
+            if tokens == LENGTHS[0]:
                 record(f"profile_{tokens}", profile(model, tokens, Path(work)))
 
 

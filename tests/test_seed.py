@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from test_retrofit import dense, run  # noqa: F401 - dense is a fixture
+from retrofit_runs import dense, run  # noqa: F401 - dense is a fixture
 
 from benchmarks.tiny import train_dense
 from vllm_dms.retrofit import __main__ as cli

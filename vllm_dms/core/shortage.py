@@ -44,6 +44,7 @@ class Shortages:
         self.quarantine: dict[int, KVCacheBlock] = {}
         self._to_fail: list[int] = []
         self._to_fail_waiting: list[str] = []
+        self.ended_requests = 0
 
     def note(self, shortage: Shortage) -> None:
         self._last = shortage
@@ -61,6 +62,7 @@ class Shortages:
             if not ledger.in_flight(state) and request_id not in self.condemned:
                 self.condemned.add(request_id)
                 self._to_fail.append(first_block)
+                self.ended_requests += 1
                 self._explain(self._last, num_usable_blocks)
             return True
         if not self._in_flight or ledger.recoverable() < missing:
@@ -78,6 +80,7 @@ class Shortages:
         if self._last.needed > num_usable_blocks:
             session.status = RequestStatus.WAITING_FOR_REMOTE_KVS
             self._to_fail_waiting.append(session.request_id)
+            self.ended_requests += 1
             self._explain(self._last, num_usable_blocks)
 
     def resolved(self, request_id: str) -> None:

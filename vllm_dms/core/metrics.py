@@ -9,7 +9,6 @@ only: counters travel as what a step added, and Prometheus adds up what the fron
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -41,26 +40,28 @@ class Totals(NamedTuple):
     @classmethod
     def of(cls, stats: Stats, manager: DMSManager) -> "Totals":
         ledger, usable = manager.ledger, manager.num_usable_blocks
+        live, dense = ledger.live.dot(ledger.owned), ledger.reported_end.dot(ledger.owned)
         return cls(
             evicted_tokens=stats.evicted_tokens,
             eligible_tokens=stats.eligible_tokens,
             returned_blocks=manager.returned_blocks,
             preemptions=stats.preemptions,
             ended_requests=manager.shortages.ended_requests,
-            live_tokens=int(np.dot(ledger.live, ledger.owned)) / ledger.num_rows,
-            dense_tokens=int(np.dot(ledger.reported_end, ledger.owned)),
+            live_tokens=int(live) / ledger.num_rows,
+            dense_tokens=int(dense),
             held_blocks=usable - manager.block_pool.get_num_free_blocks(),
             usable_blocks=usable,
         )
 
 
 PREFIX = "vllm:dms_"
-# By field of `Totals`.
+COMPRESSION = "live_compression"
+# By field of `Totals`, in their order; one gauge is made of two.
 COUNTERS = {
     "evicted_tokens": "Tokens evicted when they left their window, mean over layers and KV heads.",
     "eligible_tokens": "Tokens that left their window, evicted or kept.",
     "returned_blocks": "KV blocks that requests gave back while they ran.",
-    "preemptions": "Requests preempted for lack of KV blocks.",
+    "preemptions": "Preemptions: a request gave up its blocks, to compute its tokens again.",
     "ended_requests": "Requests ended with an error because they could never fit.",
 }
 GAUGES = {
@@ -68,8 +69,8 @@ GAUGES = {
     "dense_tokens": "Tokens that they would hold if nothing were evicted.",
     "held_blocks": "KV blocks held by requests.",
     "usable_blocks": "KV blocks of the pool.",
+    COMPRESSION: "Dense tokens per live token; NaN while no request holds any.",
 }
-COMPRESSION = "live_compression"
 INFO = "info"
 INFO_LABELS = ("kv_cache_dtype", "dialect", "window", "shift", "evict")
 
@@ -103,9 +104,10 @@ class Changes:
         if now == before:
             return None
         self._taken = now
-        # A counter that falls is an error, and a difference of means can round to just below 0.
-        data = {name: max(getattr(now, name) - getattr(before, name), 0) for name in COUNTERS}
-        data |= {name: getattr(now, name) for name in GAUGES}
+        data = now._asdict()
+        for name, value in zip(COUNTERS, before, strict=False):  # the first fields
+            # A counter that falls is an error, and a difference of means can round to below 0.
+            data[name] = max(data[name] - value, 0)
         return DMSConnectorStats(data)
 
 
@@ -134,9 +136,7 @@ class DMSPromMetrics(KVConnectorPromMetrics):
             name: self._gauge(name, documentation, labelnames)
             for name, documentation in GAUGES.items()
         }
-        self._compression = self._gauge(
-            COMPRESSION, "Dense tokens per live token; NaN while no request runs.", labelnames
-        )
+        self._gauges_of: dict[int, dict[str, Any]] = {}  # by engine, once it made a step
         info = self._gauge(INFO, "How the cache is served; always 1.", [*labelnames, *INFO_LABELS])
         values = info_labelvalues(DMSConfig.from_dict(vllm_config.additional_config["dms"]))
         for labelvalues in per_engine_labelvalues.values():
@@ -152,13 +152,19 @@ class DMSPromMetrics(KVConnectorPromMetrics):
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        data, labelvalues = transfer_stats_data, self.per_engine_labelvalues[engine_idx]
-        for name, counter in self._counters.items():
-            counter[engine_idx].inc(data[name])
-        for name, gauge in self._gauges.items():
-            gauge.labels(*labelvalues).set(data[name])
+        data = transfer_stats_data
+        for name, counters in self._counters.items():
+            if data[name]:
+                counters[engine_idx].inc(data[name])
+        gauges = self._gauges_of.get(engine_idx)
+        if gauges is None:
+            values = self.per_engine_labelvalues[engine_idx]
+            gauges = {name: gauge.labels(*values) for name, gauge in self._gauges.items()}
+            self._gauges_of[engine_idx] = gauges
         live, dense = data["live_tokens"], data["dense_tokens"]
-        self._compression.labels(*labelvalues).set(dense / live if live else math.nan)
+        gauges[COMPRESSION].set(dense / live if live else math.nan)
+        for name in Totals._fields[len(COUNTERS) :]:
+            gauges[name].set(data[name])
 
 
 def info_labelvalues(config: DMSConfig) -> list[str]:

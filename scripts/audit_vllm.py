@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vllm_sources
-from plugin_hooks import HOST, PLUGIN, belongs, is_dunder, overrides, wrong_signatures
+from plugin_hooks import HOST, PLUGIN, Plugin, belongs, is_dunder
 from source_tree import Function, SourceTree, Symbol
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vllm_dms.hooks import REQUIRED_HOOKS  # noqa: E402 needs neither torch nor vLLM
+from vllm_dms.hooks import GRAFTED, REQUIRED_HOOKS  # noqa: E402 needs neither torch nor vLLM
 
 STATUSES = ("same", "changed", "gone", "new")
 MAX_SHOWN = 400  # characters of a changed assignment
@@ -78,13 +78,17 @@ def hook_changes(old: SourceTree, new: SourceTree) -> list[Change]:
     return [compare(h, why, old.find(h), new.find(h)) for h, why in REQUIRED_HOOKS.items()]
 
 
-def override_changes(old: SourceTree, new: SourceTree) -> list[Change]:
-    """By the plugin's name: "new" is one that vLLM did not have, and now has too."""
-    before, after = ({str(o.ours): o for o in overrides(tree)} for tree in (old, new))
+def override_changes(old: Plugin, new: Plugin) -> list[Change]:
+    """Constructors and attributes of instances too, which can't be required hooks. "new" is a name
+    that only the plugin had."""
+    before, after = (
+        {(str(o.ours), o.name, o.hook.rpartition(":")[2]): o for o in plugin.overrides}
+        for plugin in (old, new)
+    )
     changes = []
-    for ours, override in (after | before).items():
-        symbols = [o.theirs if o else None for o in (before.get(ours), after.get(ours))]
-        changes.append(compare(override.hook, ours, *symbols))
+    for key, override in (after | before).items():
+        symbols = [o.theirs if o else None for o in (before.get(key), after.get(key))]
+        changes.append(compare(override.hook, str(override.ours), *symbols))
     return changes
 
 
@@ -131,7 +135,7 @@ def audit(old: SourceTree, new: SourceTree) -> dict[str, list[Change]]:
     others = [f for d in ("tests", "benchmarks", "examples") for f in (ROOT / d).rglob("*.py")]
     return {
         "required hooks": hook_changes(old, new),
-        "overrides": override_changes(old, new),
+        "overrides": override_changes(Plugin(old, GRAFTED), Plugin(new, GRAFTED)),
         "imports": import_changes(old, new, plugin),
         "imports of tests and benchmarks": import_changes(old, new, others),
     }
@@ -166,7 +170,7 @@ def main() -> int:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     old, new = map(tree_of, sys.argv[1:])
-    sections, wrong = audit(old, new), wrong_signatures(new)
+    sections, wrong = audit(old, new), Plugin(new, GRAFTED).wrong_signatures()
     print(report(f"vLLM {sys.argv[1]} to {sys.argv[2]}", sections, wrong))
     needed = [*sections["required hooks"], *sections["overrides"]]
     return int(bool(wrong) or any(change.status in ("gone", "new") for change in needed))

@@ -1,8 +1,7 @@
 """What the plugin overrides of vLLM, and whether it fits: read from the sources of both."""
 
 import ast
-import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from source_tree import Function, SourceTree, Symbol, definitions
@@ -21,7 +20,6 @@ class Override:
     """A name of vLLM's class that a class of the plugin defines too, or sets on `self`."""
 
     hook: str  # under the class that the plugin's derives from, whichever defines it
-    cls: Symbol  # the plugin's class that inherits from vLLM's; `ours` may be in a mixin of it
     ours: Symbol
     theirs: Symbol
     in_class: bool  # False: vLLM has it on instances only
@@ -31,95 +29,104 @@ class Override:
         return self.hook.rpartition(".")[2]
 
 
-def classes(tree: SourceTree, package: str = PLUGIN) -> list[Symbol]:
-    """Those of the plugin that have a class of vLLM among their bases."""
-    found = []
-    for module in tree.modules(package):
-        assert isinstance(module.node, ast.Module)
-        for name, node in definitions(module.node.body).items():
-            cls = Symbol(module.module, name, node)
-            if cls.is_class and any(belongs(base.module, HOST) for base in tree.mro(cls)):
-                found.append(cls)
-    return found
+class Plugin:
+    """The plugin's classes over those of one vLLM, both in `tree`.
+
+    ``grafted``: classes of the plugin that are put before one of vLLM's at run time, both by name.
+    """
+
+    def __init__(
+        self, tree: SourceTree, grafted: Mapping[str, Iterable[str]] | None = None
+    ) -> None:
+        self.tree = tree
+        self.grafted = [
+            (tree.find(mine), tree.find(stock))
+            for mine, stocks in (grafted or {}).items()
+            for stock in stocks
+        ]
+        self.overrides = self._overrides()
+
+    def classes(self) -> list[Symbol]:
+        """Those that have a class of vLLM among their bases, in the sources."""
+        found = []
+        for module in self.tree.modules(PLUGIN):
+            assert isinstance(module.node, ast.Module)
+            for name, node in definitions(module.node.body).items():
+                cls = Symbol(module.module, name, node)
+                if cls.is_class and any(map(of_host, self.tree.mro(cls))):
+                    found.append(cls)
+        return found
+
+    def _overrides(self) -> list[Override]:
+        tree, found = self.tree, dict[tuple[str, str], Override]()
+        orders = [tree.mro(cls) for cls in self.classes()]
+        orders += [(*tree.mro(m), *tree.mro(s)) for m, s in self.grafted if m and s]
+        for order in orders:
+            for position, mine in enumerate(order):
+                if belongs(mine.module, PLUGIN):
+                    bases = [base for base in order[position:] if of_host(base)]
+                    for name, ours in {**tree.assigned(mine), **tree.own(mine)}.items():
+                        if override := self._override(name, ours, bases):
+                            found.setdefault((override.hook, str(ours)), override)
+        return list(found.values())
+
+    def _override(self, name: str, ours: Symbol, bases: list[Symbol]) -> Override | None:
+        for base in bases:
+            if theirs := self.tree.member(base, name):
+                return Override(f"{base}.{name}", ours, theirs, in_class=True)
+        for base in bases:
+            if theirs := self.tree.assigned(base).get(name):
+                return Override(f"{base}.{name}", ours, theirs, in_class=False)
+        return None
+
+    def defining_class(self, hook: str) -> str:
+        """`hook` under the module where its class stands, from which others may import it."""
+        owner, _, name = hook.rpartition(".")
+        found = self.tree.find(owner) if ":" in owner else None
+        return f"{found}.{name}" if found else hook
+
+    def unlisted(self, hooks: Iterable[str]) -> list[str]:
+        """Overrides that are not among `hooks`. Every class has dunders; what vLLM has on instances
+        only can't be looked up."""
+        listed = {self.defining_class(hook) for hook in hooks}
+        return [
+            f"{o.hook}: overridden by {o.ours}, but not among the required hooks"
+            for o in self.overrides
+            if o.in_class and not is_dunder(o.name) and o.hook not in listed
+        ]
+
+    def stale(self, hooks: Iterable[str]) -> list[str]:
+        """What is among `hooks` without being overridden."""
+        overridden = {o.hook for o in self.overrides}
+        return [
+            f"{hook}: listed as overridden, but it is not"
+            for hook in hooks
+            if self.defining_class(hook) not in overridden
+        ]
+
+    def wrong_signatures(self) -> list[str]:
+        """Overriding methods that can't be called in every way that vLLM's own can."""
+        return [
+            f"{o.ours} overrides {o.hook}: {problem}"
+            for o in self.overrides
+            if not self._own_signature(o.ours)
+            for problem in mismatches(o.ours, o.theirs)
+        ]
+
+    def _own_signature(self, method: Symbol) -> bool:
+        file = self.tree.file(method.module)
+        if file is None or not isinstance(method.node, Function):
+            return False
+        lines = file.read_text().splitlines()[method.node.lineno - 1 : method.node.body[0].lineno]
+        return any(OWN_SIGNATURE in line for line in lines)
 
 
-@functools.cache
-def overrides(tree: SourceTree, package: str = PLUGIN) -> tuple[Override, ...]:
-    found: dict[tuple[str, str], Override] = {}
-    for cls in classes(tree, package):
-        order = tree.mro(cls)
-        for position, mine in enumerate(order):
-            if belongs(mine.module, package):
-                bases = [base for base in order[position:] if belongs(base.module, HOST)]
-                for name, ours in {**tree.assigned(mine), **tree.own(mine)}.items():
-                    override = _override(tree, cls, name, ours, bases)
-                    if override:
-                        found.setdefault((override.hook, str(ours)), override)
-    return tuple(found.values())
-
-
-def _override(
-    tree: SourceTree, cls: Symbol, name: str, ours: Symbol, bases: list[Symbol]
-) -> Override | None:
-    for base in bases:
-        if theirs := tree.member(base, name):
-            return Override(f"{base}.{name}", cls, ours, theirs, in_class=True)
-    for base in bases:
-        if theirs := tree.assigned(base).get(name):
-            return Override(f"{base}.{name}", cls, ours, theirs, in_class=False)
-    return None
+def of_host(cls: Symbol) -> bool:
+    return belongs(cls.module, HOST)
 
 
 def is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
-
-
-def defining_class(tree: SourceTree, hook: str) -> str:
-    """`hook` under the module where its class stands, from which others may import it."""
-    owner, _, name = hook.rpartition(".")
-    found = tree.find(owner) if ":" in owner else None
-    return f"{found}.{name}" if found else hook
-
-
-def unlisted(tree: SourceTree, hooks: Iterable[str]) -> list[str]:
-    """Overrides that are not among `hooks`. Every class has dunders; what vLLM has on instances
-    only can't be looked up."""
-    listed = {defining_class(tree, hook) for hook in hooks}
-    return [
-        f"{o.hook}: overridden by {o.ours}, but not among the required hooks"
-        for o in overrides(tree)
-        if o.in_class and not is_dunder(o.name) and o.hook not in listed
-    ]
-
-
-def stale(tree: SourceTree, hooks: Iterable[str]) -> list[str]:
-    """Listed members of the classes that the plugin derives from which it no longer overrides."""
-    overridden = {o.hook for o in overrides(tree)}
-    bases = {hook.rpartition(".")[0] for hook in overridden}
-    listed = {defining_class(tree, hook) for hook in hooks}
-    return [
-        f"{hook}: a required hook, but overridden by nothing"
-        for hook in sorted(listed - overridden)
-        if hook.rpartition(".")[0] in bases
-    ]
-
-
-def wrong_signatures(tree: SourceTree) -> list[str]:
-    """Overriding methods that can't be called in every way that vLLM's own can."""
-    return [
-        f"{o.ours} overrides {o.hook}: {problem}"
-        for o in overrides(tree)
-        if not _own_signature(tree, o.ours)
-        for problem in mismatches(o.ours, o.theirs)
-    ]
-
-
-def _own_signature(tree: SourceTree, method: Symbol) -> bool:
-    file = tree.file(method.module)
-    if file is None or not isinstance(method.node, Function):
-        return False
-    lines = file.read_text().splitlines()[method.node.lineno - 1 : method.node.body[0].lineno]
-    return any(OWN_SIGNATURE in line for line in lines)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,9 @@ class Signature:
 
     def named(self, name: str) -> Parameter | None:
         return next((p for p in self.parameters if p.name == name and p.by_name), None)
+
+
+ANYTHING = Signature((), True, True)  # of a dispatcher, which says nothing of its callers
 
 
 def signature(method: Symbol) -> Signature:
@@ -169,6 +179,8 @@ def mismatches(ours: Symbol, theirs: Symbol) -> list[str]:
     mine, other = signature(ours), signature(theirs)
     if ours.node.name == "__init__":
         return _constructor_mismatches(mine, other)
+    if other == ANYTHING:
+        return []
     by_position = [p for p in mine.parameters if p.by_position]
     problems = []
     for i, parameter in enumerate(other.parameters):

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import audit_vllm
-import plugin_hooks
+from plugin_hooks import Plugin
 from source_tree import SourceTree
 
 OLD = {
@@ -107,7 +107,7 @@ def test_a_name_is_found_where_it_is_defined(trees, name, found):
 
 
 def test_overrides_are_found_in_classes_mixins_and_on_self(trees):
-    old = {(o.name, str(o.ours).partition(":")[2]) for o in plugin_hooks.overrides(trees[0])}
+    old = {(o.name, str(o.ours).partition(":")[2]) for o in Plugin(trees[0]).overrides}
     assert old == {
         ("start", "Own.start"),
         ("start", "Further.start"),
@@ -120,7 +120,7 @@ def test_overrides_are_found_in_classes_mixins_and_on_self(trees):
 
 
 def test_signatures_must_take_all_that_the_hosts_own_takes(trees):
-    old, new = (plugin_hooks.wrong_signatures(tree) for tree in trees)
+    old, new = (Plugin(tree).wrong_signatures() for tree in trees)
     of_start = "vllm_dms.parts:Further.start overrides vllm.pkg.base:Base.start: "
     assert old == [of_start + "second is not optional"]
     of_grow = "vllm_dms.parts:Derived.grow overrides vllm.pkg.base:Base.grow: "
@@ -136,7 +136,7 @@ def test_a_method_that_only_the_plugin_calls_says_so(tmp_path):
         "def start(  # type: ignore[override]\n        self, other): pass",
     )
     write(tmp_path, {**OLD, **PLUGIN, "vllm_dms/parts.py": text})
-    assert plugin_hooks.wrong_signatures(SourceTree(tmp_path)) == []
+    assert Plugin(SourceTree(tmp_path)).wrong_signatures() == []
 
 
 def statuses(changes):
@@ -152,7 +152,7 @@ def test_hooks_overrides_and_imports_are_compared(trees, monkeypatch):
         "- grow(self, by, *, at=0)",
         "+ grow(self, by, at=0, *, most=None)",
     )
-    of_overrides = statuses(audit_vllm.override_changes(*trees))
+    of_overrides = statuses(audit_vllm.override_changes(*map(Plugin, trees)))
     assert of_overrides["Base.renamed"] == "gone"
     assert of_overrides["Base.mine"] == "new"  # set by the plugin, and now by its host too
     assert of_overrides["Base.ready"] == of_overrides["Base.start"] == "same"

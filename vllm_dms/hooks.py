@@ -6,7 +6,21 @@ compares `OVERRIDDEN` with the plugin's classes, both ways, and the signatures o
 vLLM's.
 """
 
-# A class that the plugin's derive from -> what for -> which of its members are replaced.
+from vllm_dms.models.families import FAMILIES
+
+_NORM = "vllm.model_executor.layers.layernorm:RMSNorm"
+_ATTENTION, _DECODER_LAYER, _MODEL = (
+    [f"{family.module}:{family.architecture.replace('ForCausalLM', name)}" for family in FAMILIES]
+    for name in ("Attention", "DecoderLayer", "ForCausalLM")
+)
+# Classes of the plugin that `models.graft` puts before vLLM's when a model is built, and which.
+GRAFTED = {
+    "vllm_dms.models.graft:DMSModel": _MODEL,
+    "vllm_dms.models.attention:DMSSelfAttention": _ATTENTION,
+    "vllm_dms.models.attention:StreamNorm": [_NORM],
+}
+
+# A class of vLLM that the plugin's derive from -> what for -> which of its members are replaced.
 OVERRIDDEN = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1": {
         "the channel from scheduler to worker": "bind_kv_cache_manager build_connector_meta "
@@ -56,15 +70,13 @@ OVERRIDDEN = {
         "attention with a decision": "forward",
         "the KV cache spec": "get_kv_cache_spec",
     },
-    "vllm.model_executor.models.llama:LlamaAttention": {"the models": "forward"},
-    "vllm.model_executor.models.llama:LlamaDecoderLayer": {"the models": "forward"},
-    "vllm.model_executor.models.llama:LlamaForCausalLM": {"the adapter's weights": "load_weights"},
-    "vllm.model_executor.models.qwen3:Qwen3Attention": {"the models": "forward"},
-    "vllm.model_executor.models.qwen3:Qwen3Model": {"the models": "decoder_layer_type"},
-    "vllm.model_executor.models.qwen3:Qwen3ForCausalLM": {
-        "the adapter's weights": "load_weights",
-        "the models": "lm_head logits_processor make_empty_intermediate_tensors",
-    },
+} | {
+    owner: {purpose: name}
+    for owners, purpose, name in (
+        ((*_ATTENTION, _NORM), "attention with a decision", "forward"),
+        (_MODEL, "the adapter's weights", "load_weights"),
+    )
+    for owner in owners
 }
 
 # What is called by name, patched, or written to: an attribute that vLLM no longer has could still
@@ -77,6 +89,8 @@ _OTHER = {
     "vllm.config:CacheConfig.enable_prefix_caching vllm.config:VllmConfig.additional_config "
     "vllm.config:VllmConfig.kv_transfer_config "
     "vllm.config.model_arch:ModelArchitectureConfig.architectures",
+    # They pass what `input_layernorm` returns on to `self_attn`.
+    "the hidden state before it was normed": " ".join(f"{d}.forward" for d in _DECODER_LAYER),
     "the models": "vllm.model_executor.models.registry:ModelRegistry.inspect_model_cls "
     "vllm.model_executor.models.registry:ModelRegistry.register_model",
     "the attention backend": "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM "

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.backend.runtime import Runtime, get_runtime
 from vllm_dms.backend.state import Batch
+from vllm_dms.compat import check_hooks
 from vllm_dms.config import DMSConfig
 
 OP_NAME = "vllm_dms::attention"
@@ -176,6 +177,7 @@ class DMSAttention(Attention):
         super().__init__(*args, prefix=prefix, attn_backend=DMSCompactAttentionBackend, **kwargs)
         self.layer_index = sum(isinstance(layer, DMSAttention) for layer in layers.values()) - 1
         if first is None:
+            check_hooks()
             config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
             device = torch.device(vllm_config.device_config.device_type)
             self.dms_runtime = Runtime(vllm_config, config, device)

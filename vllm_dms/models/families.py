@@ -37,7 +37,12 @@ class Family:
 _VLLM = "vllm.model_executor.models."
 FAMILIES = (
     Family("Qwen3", "qwen3", "Qwen3ForCausalLM", _VLLM + "qwen3", qk_norm=True),
+    Family(
+        "Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", _VLLM + "qwen3_moe", qk_norm=True, moe=True
+    ),
+    Family("Qwen2", "qwen2", "Qwen2ForCausalLM", _VLLM + "qwen2", qkv_bias="always"),
     Family("Llama", "llama", "LlamaForCausalLM", _VLLM + "llama"),
+    Family("Mistral", "mistral", "MistralForCausalLM", _VLLM + "mistral"),
 )
 ARCHITECTURES = {family.architecture: family for family in FAMILIES}
 

@@ -38,6 +38,12 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return torch.randint(len(SPECIAL), BYTES_END, (count,), generator=generator).tolist()
 
 
+def adapter_weights(num_layers: int) -> set[str]:
+    """Names of the tensors that an adapter without biases adds."""
+    suffixes = ("dms_proj_alpha.weight", "dms_proj_alpha_norm.weight")
+    return {f"model.layers.{i}.self_attn.{s}" for i in range(num_layers) for s in suffixes}
+
+
 def make_checkpoint(
     out_dir: Path | str,
     dialect: str = "nvidia-borrowed",

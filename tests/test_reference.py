@@ -1,17 +1,17 @@
 """The reference against Hugging Face, brute force, and deliberate mistakes."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 import transformers
-from checkpoints import random_tokens
+from checkpoints import adapter_weights, random_tokens
 from safetensors import safe_open
 from transformers import Qwen3ForCausalLM
 
 from vllm_dms import reference
-from vllm_dms.config import weight_suffixes
 from vllm_dms.reference import (
     ReferenceModel,
     attention,
@@ -240,21 +240,32 @@ def test_an_error_of_one_token_shows(checkpoint, recipe, mistake):
 
 
 @pytest.mark.parametrize("recipe", ["borrowed", "fastdms", "layer", "borrowed-llama"])
-@pytest.mark.parametrize("zeroed", [(), ("before",), ("after",)], ids=["never", "before", "after"])
-def test_a_borrowed_channel_left_in_attention_shows(checkpoint, monkeypatch, recipe, zeroed):
+def test_where_a_borrowed_channel_is_zeroed_shows(checkpoint, recipe):
     model = ReferenceModel.from_dir(checkpoint(**RECIPES[recipe]))
-    right = log_probs(model)
-    moments = [m for _ in range(model.config["num_hidden_layers"]) for m in ("before", "after")]
-    calls = iter(moments)
+    assert model.dms.zero == ("before" if recipe == "fastdms" else "both")
+    arms = [log_probs(with_rule(model, zero=zero)) for zero in ("never", "before", "both")]
+    for a, b in itertools.combinations(arms, 2):
+        assert (a - b).abs().max() > 1_000 * FP32_NOISE
+        assert (a - b).abs()[100:].median() > 100 * FP32_NOISE
 
-    def forgetful(q, group):
-        return zero_borrowed(q, group) if next(calls) in zeroed else q
 
-    monkeypatch.setattr(reference, "zero_borrowed", forgetful)
-    difference = (right - log_probs(model)).abs()
-    assert next(calls, None) is None
-    assert difference.max() > 1_000 * FP32_NOISE
-    assert difference[100:].median() > 100 * FP32_NOISE
+def test_zeroing_before_and_after_rope_is_what_the_words_say(checkpoint, monkeypatch):
+    """By hand: the channels that attention sees, for a rotation that swaps the halves of a head."""
+    model = ReferenceModel.from_dir(checkpoint())
+    seen = {}
+
+    def attend(q, k, v, mask, scale):
+        seen["q"] = q
+        return attention(q, k, v, mask, scale)
+
+    monkeypatch.setattr(reference, "attention", attend)
+    monkeypatch.setattr(reference, "rotate", lambda x, cos, sin: x.roll(x.shape[-1] // 2, -1))
+    half = model.head_dim // 2
+    for zero, last, partner in (("never", 1, 1), ("before", 1, 0), ("both", 0, 0)):
+        with_rule(model, zero=zero).forward(PROMPT[:20])
+        borrowed, others = seen["q"][:: model.group], seen["q"][1 :: model.group]
+        assert borrowed[..., -1].any() == last and borrowed[..., half - 1].any() == partner
+        assert others[..., -1].all() and others[..., half - 1].all()
 
 
 @pytest.mark.parametrize("recipe", ["borrowed", "adapter", "fastdms"])
@@ -263,5 +274,4 @@ def test_checkpoints_hold_exactly_the_dms_weights_of_their_format(checkpoint, re
     dms = ReferenceModel.from_dir(path).dms
     with safe_open(path / "model.safetensors", "pt") as file:
         found = {name for name in file.keys() if "dms" in name}  # noqa: SIM118
-    required, _ = weight_suffixes(dms)
-    assert found == {f"model.layers.{i}.{suffix}" for i in range(2) for suffix in required}
+    assert found == (adapter_weights(2) if dms.adapter else set())

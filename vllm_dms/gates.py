@@ -15,7 +15,8 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
 from vllm_dms.compat import check_hooks, check_vllm_version
-from vllm_dms.config import SUPPORTED_FORMATS, DMSConfig
+from vllm_dms.config import DMSConfig
+from vllm_dms.formats import SUPPORTED_FORMATS
 from vllm_dms.models.families import family_of_architectures
 
 logger = init_logger(__name__)

@@ -15,7 +15,8 @@ Glossary, used with the same meaning everywhere:
   survivors  keys out of the window that were not evicted
   live       window + survivors: what a compact cache has to hold
   group      the query heads that share one KV head
-  borrowed   alpha is the last channel of each group's first query head, taken from attention
+  borrowed   alpha is the last channel of each group's first query head
+  zero       whether that channel is 0 in attention: before RoPE, before and after (both), or never
 
 Shapes: T tokens, L layers, Hq query heads, H KV heads, D head_dim. Time is the last axis of
 decisions (..., T) and the second to last of q, k, v (heads, T, D).
@@ -168,11 +169,11 @@ class ReferenceModel:
             if dms.evict:
                 e = evicted(decide(alpha, dms.alpha_scale, dms.alpha_offset), dms.shift)
 
-        borrowed = dms is not None and not dms.adapter
-        if borrowed:
+        zero = "never" if dms is None or dms.adapter else dms.zero
+        if zero != "never":
             q = zero_borrowed(q, self.group)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if borrowed:  # RoPE has mixed the paired channel back in
+        if zero == "both":  # RoPE has mixed the paired channel back in
             q = zero_borrowed(q, self.group)
 
         mask = visible(e, dms.window if dms is not None else 0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
@@ -19,7 +20,7 @@ HEADROOM = 4  # pages per row for what timed stores append
 SCALE = HEAD_DIM**-0.5
 CACHE_BYTES = 300 << 20  # several times the L2 cache
 MAX_LAYERS, MAX_SEQS = 36, 512
-STORAGE = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+STORAGE = {"bf16": ModelStorage(torch.bfloat16), "fp8": FP8Storage()}
 
 
 def keep_rates(shape: tuple[int, ...]) -> torch.Tensor:
@@ -35,15 +36,14 @@ class Arena:
 
     def __init__(
         self,
-        storage: torch.dtype,
+        storage: Storage,
         batch: int,
         chunk: int,
         stored: int,
         num_layers: int | None = None,
         device: str = "cuda",
     ) -> None:
-        slot_bytes = 2 * HEAD_DIM * storage.itemsize
-        per_layer = batch * HEADS * MEAN_LIVE * slot_bytes
+        per_layer = batch * HEADS * MEAN_LIVE * storage.slot_bytes(HEAD_DIM)
         many = 1 if chunk > 1 else min(MAX_LAYERS, 2 + CACHE_BYTES // per_layer)
         self.num_layers = num_layers or many
         headroom = HEADROOM * PAGE + (0 if chunk == 1 else chunk)
@@ -54,7 +54,7 @@ class Arena:
             window=WINDOW,
             page_size=PAGE,
             block_size=BLOCK,
-            storage_dtype=storage,
+            storage=storage,
             max_model_len=stored + headroom,
         )
         self.stored, self.chunk, self.device = stored, chunk, device
@@ -80,12 +80,11 @@ class Arena:
         total = 1 + int(num_blocks.sum())
         self.raw = torch.empty(total * layout.block_bytes, dtype=torch.uint8, device=device)
         self.state = state = allocate_state(self.raw, layout, total, batch)
-        for part in (state.k_pages, state.v_pages):
+        for part in (state.pages.k, state.pages.v):
             for piece in part.split(1 << 14):
                 piece.copy_(torch.randn_like(piece, dtype=torch.bfloat16))
-        for scales in (state.k_scales, state.v_scales):
-            if scales is not None:
-                scales.copy_(0.5 + torch.rand_like(scales))
+        for scales in (state.pages.k_scales, state.pages.v_scales):
+            scales.copy_(0.5 + torch.rand_like(scales))
 
         free = torch.randperm(total - 1) + 1
         self.first_blocks = []
@@ -176,14 +175,12 @@ class Arena:
         ops.store(state, some, self.config, layer, self.key, self.value, self.alpha)
         if self.chunk > 1:
             ops.store_window(state, some, layer, self.key, self.value)
-        parts = (state.k_pages, state.v_pages, state.k_scales, state.v_scales)
-        parts = [part for part in parts if part is not None]
         rows = [state.evict_ring[1 : some.num_reqs + 1, layer].clone()]
         for index in range(1, some.num_reqs + 1):
             for head in range(HEADS):
                 slot = torch.arange(int(state.live[index, layer, head]), device=self.device)
                 page = state.page_table[index, layer, head, slot // PAGE].long()
-                rows += [part[page, slot % PAGE].float() for part in parts]
+                rows += [part[page, slot % PAGE].float() for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
         return rows

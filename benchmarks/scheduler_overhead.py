@@ -27,6 +27,7 @@ from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.messages import DMSReport
 from vllm_dms.arena.report import REPORT_HORIZON
 from vllm_dms.arena.spec import make_spec
+from vllm_dms.arena.storage import ModelStorage
 from vllm_dms.config import DMSConfig
 
 PROMPT, CHUNK, MAX_MODEL_LEN = 4096, 1 << 21, 8192
@@ -38,7 +39,7 @@ LAYOUT = ArenaLayout(
     window=512,
     page_size=64,
     block_size=16,
-    storage_dtype=torch.bfloat16,
+    storage=ModelStorage(torch.bfloat16),
     max_model_len=MAX_MODEL_LEN,
 )
 QWEN3_8B = {

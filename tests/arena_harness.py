@@ -150,11 +150,8 @@ def feed(harness, sequences, chunks):
 
 
 def gather_row(state, index, layer, head):
-    """The live slots of a row as stored: K, V (and scales), wherever their pages are."""
+    """The live slots of a row as stored, wherever their pages are: K, V and their scales."""
     size = state.layout.page_size
     slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
     pages = state.page_table[index, layer, head][slots // size].long()
-    parts = [
-        p for p in (state.k_pages, state.v_pages, state.k_scales, state.v_scales) if p is not None
-    ]
-    return [p.float()[pages, slots % size] for p in parts]
+    return [part.float()[pages, slots % size] for part in state.pages]

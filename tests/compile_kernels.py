@@ -1,9 +1,9 @@
 """Compile every kernel for a GPU, without one: `test_compile` runs this in a process of its own,
 because a process either interprets kernels or compiles them.
 
-    python tests/compile_kernels.py DTYPE HEAD_DIM GROUP CAPABILITY
+    python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY
 
-DTYPE: bfloat16, float8_e4m3fn, ...; CAPABILITY: 90 for Hopper, ... Prints one line of JSON: for
+STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ... Prints one line of JSON: for
 each kernel the registers of a thread, the bytes of a thread's stack, where what does not fit in
 registers would go, and the bytes of a program's shared memory.
 """
@@ -22,6 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
@@ -60,8 +61,9 @@ def usage(kernel):
     return [*map(int, of_thread), kernel.metadata.shared]
 
 
-def run_all(dtype, head_dim, group, overlap):
-    plain = torch.bfloat16 if dtype.itemsize == 1 else dtype
+def run_all(storage, head_dim, group, overlap):
+    model_dtype = torch.bfloat16 if storage == "fp8" else getattr(torch, storage)
+    kind = storage if storage in STORAGES else "model"
     layout = ArenaLayout(
         num_layers=2,
         num_kv_heads=2,
@@ -69,7 +71,7 @@ def run_all(dtype, head_dim, group, overlap):
         window=64,
         page_size=16,
         block_size=16,
-        storage_dtype=dtype,
+        storage=STORAGES[kind].for_model(model_dtype),
         max_model_len=1024,
     )
     ops = TritonOps(layout, 64, 4, 2 * group, "cpu")
@@ -85,14 +87,14 @@ def run_all(dtype, head_dim, group, overlap):
         seq_lens=torch.tensor([9, 17], dtype=torch.int32),
         scratch=allocate_scratch(layout, 64, "cpu"),
     )
-    query = torch.zeros(18, 2 * group, head_dim, dtype=plain)
-    key, alpha = query[:, :2].contiguous(), torch.zeros(18, 2, dtype=plain)
+    query = torch.zeros(18, 2 * group, head_dim, dtype=model_dtype)
+    key, alpha = query[:, :2].contiguous(), torch.zeros(18, 2, dtype=model_dtype)
     ops.store(state, batch, config, 0, key, key, alpha)
     ops.prefill(state, batch, 0, query, key, key, query, 1.0)
     ops.store_window(state, batch, 0, key, key)
     ops.decode(state, batch, 0, query, query, 1.0)
     ops.report(state, torch.zeros(state.num_states, 6, dtype=torch.int32))
-    weight = torch.zeros(2, head_dim, dtype=plain)
+    weight = torch.zeros(2, head_dim, dtype=model_dtype)
     launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
 
 
@@ -107,7 +109,7 @@ def main(name, head_dim, group, capability):
 
     driver.set_active(NoGPU(int(capability)))
     JITFunction.__getitem__ = compile_only
-    run_all(getattr(torch, name), int(head_dim), int(group), overlap=int(capability) >= 90)
+    run_all(name, int(head_dim), int(group), overlap=int(capability) >= 90)
     print(json.dumps(found))
 
 

@@ -13,7 +13,7 @@ from engines import (
 )
 
 from vllm_dms.backend.runtime import get_runtime
-from vllm_dms.core.manager import check_integrity
+from vllm_dms.core.integrity import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
 
 DIALECTS = {

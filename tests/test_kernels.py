@@ -17,7 +17,8 @@ import pytest
 from arena_harness import Harness, Sequence, feed, gather_row, make_config
 
 from vllm_dms import reference
-from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.storage import FP8Storage, ModelStorage
 from vllm_dms.backend.state import Batch
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.triton_ops import TritonOps, Tuning
@@ -31,7 +32,7 @@ def fp8_exact(x: torch.Tensor) -> torch.Tensor:
     the same whether a chunk's token is read as it came or as it was stored."""
     wide = (x.float() * 128).clamp(-448, 448)
     wide[..., 0] = 448
-    return (wide.to(FP8_DTYPE).float() / 256).to(x.dtype)
+    return (wide.to(torch.float8_e4m3fn).float() / 256).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Case:
             window=self.window,
             page_size=self.page,
             block_size=16,
-            storage_dtype=FP8_DTYPE if self.fp8 else plain,
+            storage=FP8Storage() if self.fp8 else ModelStorage(plain),
             max_model_len=-(-max(self.lengths) // 16) * 16,
         )
 
@@ -83,7 +84,7 @@ class Case:
             ops, make_config(self.window, self.shift), layout, num_seqs, max_tokens, DEVICE
         )
         # What a former owner left: a page of somebody else, any verdict.
-        harness.state.page_table[1:] = harness.state.k_pages.shape[0] - 1
+        harness.state.page_table[1:] = harness.state.pages.k.shape[0] - 1
         harness.state.evict_ring[1:] = 0xAA
         return harness
 
@@ -138,7 +139,7 @@ def assert_null_state_untouched(harness: Harness) -> None:
     state, null_block = harness.state, slice(harness.layout.pages_per_block)
     for tensor in (state.live, state.pages_used, state.page_table, state.evict_ring):
         assert not tensor[0].any()
-    for pages in (state.k_pages, state.v_pages):
+    for pages in (state.pages.k, state.pages.v):
         assert not pages[null_block].view(torch.uint8).any()
 
 

@@ -14,6 +14,7 @@ import vllm
 from vllm_dms import compat
 from vllm_dms.connector import DMSConnector
 from vllm_dms.core.manager import DMSManager
+from vllm_dms.core.metrics import DMSConnectorStats, DMSPromMetrics
 
 PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = sorted(path.name for path in PATCHES.glob("*.diff"))
@@ -84,7 +85,7 @@ def test_every_required_hook_is_there():
     compat.check_hooks()
 
 
-@pytest.mark.parametrize("cls", [DMSConnector, DMSManager])
+@pytest.mark.parametrize("cls", [DMSConnector, DMSManager, DMSConnectorStats, DMSPromMetrics])
 def test_what_is_overridden_is_among_the_required_hooks(cls):
     """Renamed in vLLM, it would no longer be called. (What is abstract there fails by itself.)"""
     for name in vars(cls):

@@ -48,10 +48,21 @@ def test_two_spawned_workers_are_exact(checkpoint, tmp_path, parallel, dialect, 
         check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    outputs = json.loads((tmp_path / "out.json").read_text())
+    out = json.loads((tmp_path / "out.json").read_text())
     reference = ReferenceModel.from_dir(path)
-    for prompt, (ids, steps) in zip(job["prompts"], outputs, strict=True):
-        rows = reference.forward(prompt + ids).logits.log_softmax(-1)
+    eligible = evicted = 0
+    for prompt, (ids, steps) in zip(job["prompts"], out["answers"], strict=True):
+        forward = reference.forward(prompt + ids)
+        rows = forward.logits.log_softmax(-1)
+        past = len(prompt + ids) - 1 - (reference.dms.window + 1)  # the last is never stored
+        eligible += past
+        evicted += forward.evict[..., :past].float().sum(-1).mean().item()
         for i, entries in enumerate(steps):
             row = rows[len(prompt) - 1 + i]
             assert all(abs(row[int(t)].item() - lp) < NOISE for t, lp in entries.items())
+    metrics, slack = out["metrics"], 5 * len(job["prompts"])  # reports still in flight at the end
+    engines = job["args"].get("data_parallel_size", 1)
+    assert [len(values) for values in metrics.values()] == [engines] * len(metrics)
+    assert all(metrics["eligible_tokens"])
+    assert eligible - slack <= sum(metrics["eligible_tokens"]) <= eligible
+    assert evicted - slack <= sum(metrics["evicted_tokens"]) <= evicted

@@ -5,14 +5,16 @@ import torch
 from arena_harness import Harness, Sequence, feed, make_config
 
 from vllm_dms import reference
-from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.storage import FP8Storage, ModelStorage
 from vllm_dms.backend.ops import report
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.torch_pages import quantize
+
+PLAIN = ModelStorage(torch.float32)
 
 
-def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=1):
+def make_layout(window, page_size=8, storage=PLAIN, heads=2, layers=1):
     return ArenaLayout(
         num_layers=layers,
         num_kv_heads=heads,
@@ -20,7 +22,7 @@ def make_layout(window, page_size=8, dtype=torch.float32, heads=2, layers=1):
         window=window,
         page_size=page_size,
         block_size=16,
-        storage_dtype=dtype,
+        storage=storage,
         max_model_len=256,
     )
 
@@ -54,13 +56,13 @@ def test_without_eviction_every_token_stays():
 
 
 def test_fp8_stays_close_and_moves_without_a_second_rounding():
-    layout, config = make_layout(8, dtype=FP8_DTYPE), make_config(8)
+    layout, config = make_layout(8, storage=FP8Storage()), make_config(8)
     harness = Harness(TorchOps(), config, layout, num_seqs=1)
     seq = Sequence(120, layout, 2, 0.5, seed=0)
     # As stored: each value rounded once, at its own scale.
     for name in ("key", "value"):
-        raw, scale = quantize(getattr(seq, name))
-        setattr(seq, name, raw.float() * scale.float().unsqueeze(-1))
+        stored = layout.storage.encode(getattr(seq, name))
+        setattr(seq, name, layout.storage.decode(*stored))
     feed(harness, [seq], (20, 1))
     error = torch.cat(seq.outputs) - seq.expected(config, harness.scale)
     assert error.abs().max() < 1e-3

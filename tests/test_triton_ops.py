@@ -7,8 +7,9 @@ import pytest
 import torch
 from arena_harness import Harness, Sequence, feed, gather_row, make_config
 
-from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.storage import STORAGES, FP8Storage, ModelStorage
 from vllm_dms.backend.ops import report
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.triton_ops import TritonOps, Tuning
@@ -17,10 +18,11 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Small tiles, so that short rows have several, and are shared by several programs.
 SMALL = Tuning(programs=8, decode_block=16, prefill_rows=16, prefill_block=16, copy_block=16)
+PLAIN = ModelStorage(torch.float32)
 CHUNKS = [(256,), (33, 1, 5, 1), (64, 17)]
 
 
-def make_layout(window, head_dim=16, page_size=8, heads=2, dtype=torch.float32, layers=2):
+def make_layout(window, head_dim=16, page_size=8, heads=2, storage=PLAIN, layers=2):
     return ArenaLayout(
         num_layers=layers,
         num_kv_heads=heads,
@@ -28,7 +30,7 @@ def make_layout(window, head_dim=16, page_size=8, heads=2, dtype=torch.float32, 
         window=window,
         page_size=page_size,
         block_size=2 * page_size,
-        storage_dtype=dtype,
+        storage=storage,
         max_model_len=256,
     )
 
@@ -128,12 +130,12 @@ def test_without_eviction_every_token_stays():
 
 @pytest.mark.parametrize("chunks", [(1,), (33, 1, 5)], ids=str)
 def test_fp8_storage(chunks):
-    layout = make_layout(8, dtype=FP8_DTYPE, layers=1)
+    layout = make_layout(8, storage=FP8Storage(), layers=1)
     check_against_plain(layout, make_config(8), 2, (60, 45), chunks)
 
 
 def test_fp8_storage_of_an_odd_shape():
-    layout = make_layout(8, head_dim=80, page_size=16, dtype=FP8_DTYPE, layers=1)
+    layout = make_layout(8, head_dim=80, page_size=16, storage=FP8Storage(), layers=1)
     check_against_plain(layout, make_config(8), 3, (55, 34), (20, 1, 1))
 
 
@@ -188,10 +190,10 @@ def test_only_padding_leaves_no_trace():
     harness = Harness(triton_ops(layout, 2), config, layout, 2, device=DEVICE)
     seq = Sequence(12, layout, 2, 0.5, seed=0, device=DEVICE)
     harness.state.state_of_block.zero_()  # nobody was started: everything is the null state
-    before = harness.state.k_pages[layout.pages_per_block :].clone()
+    before = harness.state.pages.k[layout.pages_per_block :].clone()
     harness.step([(0, seq, 5), (1, seq, 1)])
     assert torch.equal(
-        before.view(torch.uint8), harness.state.k_pages[layout.pages_per_block :].view(torch.uint8)
+        before.view(torch.uint8), harness.state.pages.k[layout.pages_per_block :].view(torch.uint8)
     )
     check_null_state(harness)
 
@@ -211,7 +213,7 @@ def test_only_padding_leaves_no_trace():
     ids=str,
 )
 def test_production_tiles_on_the_gpu(dtype, storage, head_dim, heads, group):
-    layout = make_layout(64, head_dim, 16, heads, FP8_DTYPE if storage == "fp8" else dtype)
+    layout = make_layout(64, head_dim, 16, heads, STORAGES[storage].for_model(dtype))
     for chunks in [(256,), (100, 1, 1, 37)]:
         lengths = (1, 130, 250)
         check_against_plain(layout, make_config(64), group, lengths, chunks, dtype, tuning=None)

@@ -21,6 +21,7 @@ TESTED_VERSIONS = ("0.32.0",)
 # What the plugin builds on, "module:attribute.path", and what for. Listed is what a newer vLLM may
 # rename without an import error in the plugin itself: what is overridden, filled in or patched.
 _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1."
+_METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnector"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager."
 REQUIRED_HOOKS = {
     "vllm.config.cache:CacheDType": "the flag --kv-cache-dtype",
@@ -50,6 +51,13 @@ REQUIRED_HOOKS = {
     _CONNECTOR + "has_pending_block_frees": "waiting for blocks that are about to return",
     _CONNECTOR + "get_block_ids_with_load_errors": "ending a request that can never fit",
     _CONNECTOR + "get_transfer_results": "ending a waiting request that can never fit",
+    _CONNECTOR + "get_kv_connector_stats": "the metrics",
+    _CONNECTOR + "build_kv_connector_stats": "the metrics",
+    _CONNECTOR + "build_prom_metrics": "the metrics",
+    _METRICS + "Stats.is_empty": "the metrics",
+    _METRICS + "Stats.aggregate": "the metrics",
+    _METRICS + "Stats.reduce": "the metrics",
+    _METRICS + "PromMetrics.observe": "the metrics",
     "vllm.v1.request:RequestStatus.WAITING_FOR_REMOTE_KVS": "ending such a waiting request",
 }
 

@@ -31,6 +31,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from vllm_dms.adapters import (
+    adapted_config,
+    base_dir,
+    check_against_base,
+    is_adapter_dir,
+    read_adapter,
+)
 from vllm_dms.config import DMSConfig
 from vllm_dms.rope import rope_frequencies
 
@@ -116,15 +123,30 @@ class ReferenceModel:
         self.device = torch.device(device)
 
     @classmethod
-    def from_dir(cls, path: Path | str, overrides: dict | None = None, **kwargs):
-        """A checkpoint directory; overrides as in --additional-config; kwargs: dtype, device."""
+    def from_dir(
+        cls,
+        path: Path | str,
+        overrides: dict | None = None,
+        adapter: Path | str | None = None,
+        **kwargs,
+    ):
+        """A checkpoint's directory, with an adapter's over it if given, or an adapter's whose base
+        is local; overrides as in --additional-config; kwargs: dtype, device."""
         path = Path(path)
+        if adapter is None and is_adapter_dir(path):
+            adapter = path
+            path = base_dir(read_adapter(path))
         config = json.loads((path / "config.json").read_text())
         extra = path / "dms_metadata.json"
         metadata = json.loads(extra.read_text()) if extra.exists() else None
         weights: dict[str, torch.Tensor] = {}
         for shard in sorted(path.glob("*.safetensors")):
             weights |= load_file(shard)
+        if adapter is not None:
+            grafted = read_adapter(adapter)
+            check_against_base(grafted, config)
+            config = adapted_config(grafted, config)
+            weights |= grafted.tensors
         dms = DMSConfig.from_checkpoint(config, metadata, overrides)
         return cls(config, weights, dms, **kwargs)
 

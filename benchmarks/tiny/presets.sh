@@ -4,4 +4,4 @@ case $preset in
     smoke) length=256 require=0.8 rows=512 documents=32 recipe=(--window 16 --ratio 4 --steps 200 --batch 8 --micro-batch 8 --lr 5e-4) ;;
     *) echo "preset $preset is neither tiny nor smoke" >&2; exit 2 ;;
 esac
-recipe+=(--length "$length")
+recipe+=(--length "$length" --merge)

@@ -7,20 +7,20 @@ A request holds, per (layer, KV head), one gapless run of slots::
             token t sits at   a token that left the window without being evicted
             t mod (W+1)       is copied here, in the order of its position
 
-Slots live in pages of ``page_size`` slots of one (layer, head). A page is ``K[P, D]``, then
-``V[P, D]``, then, for FP8 storage, bfloat16 scales ``[P, 2]`` of K and V. vLLM's KV
-allocation is read as one array of pages: block ``b`` is pages ``[b * pages_per_block,
-(b + 1) * pages_per_block)``, which any layer and head of the request that owns it may take.
+Slots live in pages of ``page_size`` slots of one (layer, head); what a page looks like inside is
+`storage`'s. vLLM's KV allocation is read as one array of pages: block ``b`` is pages
+``[b * pages_per_block, (b + 1) * pages_per_block)``, which any layer and head of the request that
+owns it may take.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the ledger reads this file, and does without torch
+    from vllm_dms.arena.storage import Storage
 
 MAX_PAGE_SIZE = 64
 MIN_PAGE_SIZE = 8
-SCALE_DTYPE = torch.bfloat16
-FP8_DTYPE = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ArenaLayout:
     window: int  # W: a query sees itself and W earlier tokens whatever their verdict
     page_size: int  # P, slots per page
     block_size: int  # tokens per vLLM block
-    storage_dtype: torch.dtype  # of K and V in the arena
+    storage: "Storage"  # how K and V are stored in a slot
     max_model_len: int
 
     def __post_init__(self) -> None:
@@ -47,10 +47,6 @@ class ArenaLayout:
             )
 
     @property
-    def quantized(self) -> bool:
-        return self.storage_dtype == FP8_DTYPE
-
-    @property
     def ring_size(self) -> int:
         """Slots of the window ring, W + 1: a query's own token and the W before it."""
         return self.window + 1
@@ -62,9 +58,7 @@ class ArenaLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot: K, V and their scales."""
-        scales = 2 * SCALE_DTYPE.itemsize if self.quantized else 0
-        return 2 * self.head_dim * self.storage_dtype.itemsize + scales
+        return self.storage.slot_bytes(self.head_dim)
 
     @property
     def page_bytes(self) -> int:
@@ -87,6 +81,13 @@ class ArenaLayout:
     @property
     def max_blocks_per_request(self) -> int:
         return -(-self.num_rows * self.max_pages_per_row // self.pages_per_block)
+
+    def side_bytes(self, max_num_seqs: int, max_tokens: int) -> int:
+        """Bytes that plain PyTorch operations need beside the arena: `SideState` of
+        ``max_num_seqs`` requests and the null state, `Scratch` for batches of ``max_tokens``."""
+        row = 4 + 4 * self.max_pages_per_row + self.ring_size
+        state = 4 + 4 * self.max_blocks_per_request + self.num_rows * row
+        return (max_num_seqs + 1) * state + max_tokens * self.num_kv_heads * 5
 
 
 def choose_page_size(window: int, slots_per_block: int = MAX_PAGE_SIZE) -> int:

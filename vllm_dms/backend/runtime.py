@@ -7,7 +7,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_dms.arena.layout import FP8_DTYPE, ArenaLayout, choose_page_size
+from vllm_dms.arena.layout import ArenaLayout, choose_page_size
+from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import (
     ArenaState,
@@ -34,7 +35,7 @@ def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
         window=config.window,
         page_size=config.page_size or choose_page_size(config.window, slots_per_block),
         block_size=vllm_config.cache_config.block_size,
-        storage_dtype=FP8_DTYPE if config.storage == "fp8" else model.dtype,
+        storage=STORAGES[config.storage].for_model(model.dtype),
         max_model_len=model.max_model_len,
     )
 

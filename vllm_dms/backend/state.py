@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dms.arena.layout import SCALE_DTYPE, ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.storage import Pages
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,7 @@ class ArenaState:
     """Persistent tensors of one worker. Addresses never change after start-up (CUDA graphs)."""
 
     layout: ArenaLayout
-    # The pages, views of vLLM's own KV allocation. Shapes [num_pages, P, D] and [num_pages, P].
-    k_pages: torch.Tensor
-    v_pages: torch.Tensor
-    k_scales: torch.Tensor | None  # bfloat16, FP8 storage only
-    v_scales: torch.Tensor | None
+    pages: Pages  # views of vLLM's own KV allocation
     # Written by the connector before a forward pass, read by `store`.
     state_of_block: torch.Tensor  # int32 [num_blocks]: first block of a request -> state index
     block_rows: torch.Tensor  # int32 [num_states, max_blocks_per_request]: blocks in order of use
@@ -73,25 +70,6 @@ def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device 
     )
 
 
-def view_pages(storage: torch.Tensor, layout: ArenaLayout) -> tuple[torch.Tensor | None, ...]:
-    """(k_pages, v_pages, k_scales, v_scales) over ``storage``: flat uint8, whole blocks."""
-    num_pages = storage.numel() // layout.page_bytes
-    kv_bytes = layout.page_size * layout.head_dim * layout.storage_dtype.itemsize
-    pages = storage[: num_pages * layout.page_bytes].view(num_pages, layout.page_bytes)
-
-    def part(start: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return pages[:, start : start + size].view(dtype)
-
-    shape = (num_pages, layout.page_size, layout.head_dim)
-    k = part(0, kv_bytes, layout.storage_dtype).unflatten(1, shape[1:])
-    v = part(kv_bytes, kv_bytes, layout.storage_dtype).unflatten(1, shape[1:])
-    if not layout.quantized:
-        return k, v, None, None
-    scales = part(2 * kv_bytes, 2 * layout.page_size * SCALE_DTYPE.itemsize, SCALE_DTYPE)
-    scales = scales.unflatten(1, (layout.page_size, 2))
-    return k, v, scales[..., 0], scales[..., 1]
-
-
 @dataclass(frozen=True)
 class SideState:
     """The tensors beside the arena; made with the model, so that vLLM's profiling counts them."""
@@ -101,10 +79,6 @@ class SideState:
     live: torch.Tensor
     page_table: torch.Tensor
     evict_ring: torch.Tensor
-
-    def num_bytes(self) -> int:
-        tensors = (self.block_rows, self.pages_used, self.live, self.page_table, self.evict_ring)
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def allocate_side_state(
@@ -133,13 +107,10 @@ def bind_state(storage: torch.Tensor, layout: ArenaLayout, side: SideState) -> A
             f"KV storage is {storage.numel()} elements of {storage.dtype}, "
             f"but one block is {layout.block_bytes} bytes of uint8"
         )
-    k, v, k_scales, v_scales = view_pages(storage[: num_blocks * layout.block_bytes], layout)
+    raw = storage[: num_blocks * layout.block_bytes].view(-1, layout.page_bytes)
     return ArenaState(
         layout=layout,
-        k_pages=k,
-        v_pages=v,
-        k_scales=k_scales,
-        v_scales=v_scales,
+        pages=layout.storage.view_pages(raw, layout.page_size, layout.head_dim),
         state_of_block=torch.zeros(num_blocks, dtype=torch.int32, device=storage.device),
         block_rows=side.block_rows,
         pages_used=side.pages_used,

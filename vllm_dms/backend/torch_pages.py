@@ -2,17 +2,12 @@
 
 import torch
 
-from vllm_dms.arena.layout import FP8_DTYPE, SCALE_DTYPE
 from vllm_dms.backend.state import ArenaState
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 values and bfloat16 scales [...] of x [..., D]: one scale per token and head."""
-    limit = torch.finfo(FP8_DTYPE).max
-    scale = (x.float().abs().amax(-1) / limit).to(SCALE_DTYPE)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scaled = x.float() / scale.float().unsqueeze(-1)
-    return scaled.clamp(-limit, limit).to(FP8_DTYPE), scale
+def as_bytes(part: torch.Tensor) -> torch.Tensor:
+    """PyTorch can't index FP8 on a CPU, and a copy of bytes rounds nothing."""
+    return part.view(torch.uint8)
 
 
 def locate_slots(
@@ -28,15 +23,13 @@ def locate_slots(
 def copy_slots(
     state: ArenaState, s: int, layer: int, head: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
 ) -> None:
-    """Copy slots as stored: FP8 bytes move with their scales, never rounded twice."""
+    """Copy slots as stored: values move with their scales, never rounded twice."""
     source, target = (
         locate_slots(state, s, layer, head, src),
         locate_slots(state, s, layer, head, dst),
     )
-    for pages in (state.k_pages, state.v_pages, state.k_scales, state.v_scales):
-        if pages is not None:
-            raw = pages.view(torch.uint8) if pages.dtype == FP8_DTYPE else pages
-            raw[target] = raw[source]
+    for part in map(as_bytes, state.pages):
+        part[target] = part[source]
 
 
 def write_slots(
@@ -50,16 +43,10 @@ def write_slots(
 ) -> None:
     """Store key and value [N, D] in the slots [N] of the heads [N]."""
     where = locate_slots(state, s, layer, head, slot)
-    for x, pages, scales in (
-        (key, state.k_pages, state.k_scales),
-        (value, state.v_pages, state.v_scales),
-    ):
-        if scales is None:
-            pages[where] = x.to(pages.dtype)
-        else:
-            raw, scale = quantize(x)
-            pages.view(torch.uint8)[where] = raw.view(torch.uint8)
-            scales[where] = scale
+    pages, encode = state.pages, state.layout.storage.encode
+    for x, values, scales in ((key, pages.k, pages.k_scales), (value, pages.v, pages.v_scales)):
+        for part, data in zip((values, scales), encode(x), strict=True):
+            as_bytes(part)[where] = as_bytes(data)
 
 
 def read_slots(
@@ -69,13 +56,9 @@ def read_slots(
     because what lies beyond a head's live slots may be another request's, or NaN."""
     heads = torch.arange(state.layout.num_kv_heads, device=slots.device).unsqueeze(1)
     where = locate_slots(state, s, layer, heads, slots)
+    pages, decode = state.pages, state.layout.storage.decode
     out = []
-    for pages, scales in ((state.k_pages, state.k_scales), (state.v_pages, state.v_scales)):
-        if scales is None:
-            out.append(pages[where].float())
-        else:
-            raw = pages.view(torch.uint8)[where].view(FP8_DTYPE)
-            out.append(raw.float() * scales[where].float().unsqueeze(-1))
-    if valid is not None:
-        out = [x.masked_fill(~valid.unsqueeze(-1), 0.0) for x in out]
+    for values, scales in ((pages.k, pages.k_scales), (pages.v, pages.v_scales)):
+        x = decode(as_bytes(values)[where].view(values.dtype), scales[where])
+        out.append(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0))
     return out[0], out[1]

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.storage import SCALE_DTYPE
 from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
 from vllm_dms.backend.kernels.decode import decode_kernel, merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
@@ -60,19 +61,24 @@ class TritonOps:
         assert layout.window > 0
         _check("num_query_heads", num_query_heads, self.group * layout.num_kv_heads)
         _check("page_size, rounded up", triton.next_power_of_2(layout.page_size), layout.page_size)
+        storage = layout.storage
         constants = Geometry(
             L=layout.num_layers,
             H=layout.num_kv_heads,
             D=layout.head_dim,
-            # A tensor-core product sums over 16 channels at least, FP8 pages over half of them.
-            D_PAD=max(32 if layout.quantized else 16, triton.next_power_of_2(layout.head_dim)),
+            # A tensor-core product sums over 16 channels at least.
+            D_PAD=max(16 * storage.num_products, triton.next_power_of_2(layout.head_dim)),
             P=layout.page_size,
             R=layout.ring_size,
             MAX_PAGES=layout.max_pages_per_row,
             MAX_BLOCKS=layout.max_blocks_per_request,
             PAGES_PER_BLOCK=layout.pages_per_block,
             MAX_REQS=triton.next_power_of_2(max_num_seqs),
-            QUANTIZED=layout.quantized,
+            STORAGE=storage.name,
+            WIDTH=storage.width(layout.head_dim),
+            PAGE=layout.page_bytes // storage.dtype.itemsize,
+            SCALES=storage.num_scales,
+            PAGE_SCALES=layout.page_bytes // SCALE_DTYPE.itemsize,
         )
         self.geometry = Geometry(*map(triton.language.constexpr, constants))
         self.head_pad = triton.next_power_of_2(layout.num_kv_heads)
@@ -87,16 +93,18 @@ class TritonOps:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _state_args(self, state: ArenaState) -> StateArgs:
-        layout, pages = self.layout, state.k_pages
+        layout, pages, geo = self.layout, state.pages, self.geometry
         assert state.layout == layout
-        size, width = layout.page_size, layout.head_dim
-        stride = layout.page_bytes // pages.element_size()
-        _check("strides of the pages", pages.stride(), (stride, width, 1))
-        _check("offset of V in a page", state.v_pages.storage_offset() - pages.storage_offset(),
+        size, width, scales = layout.page_size, geo.WIDTH.value, geo.SCALES.value
+        _check("strides of the values", pages.k.stride(), (geo.PAGE.value, width, 1))
+        if scales:  # what is empty has no strides to speak of
+            found = pages.k_scales.stride()[:2]
+            _check("strides of the scales", found, (geo.PAGE_SCALES.value, 2 * scales))
+        _check("offset of V in a page", pages.v.storage_offset() - pages.k.storage_offset(),
                size * width)  # fmt: skip
         return StateArgs(
-            pages=pages,
-            scales=state.k_scales,
+            pages=pages.k,
+            scales=pages.k_scales,
             state_of_block=state.state_of_block,
             block_rows=state.block_rows,
             pages_used=state.pages_used,

@@ -1,7 +1,6 @@
 """What an engine says at start-up about the cache it is going to serve from."""
 
 from vllm_dms.arena.spec import DMSCacheSpec
-from vllm_dms.backend.state import allocate_side_state
 from vllm_dms.config import DMSConfig
 
 GIB = 1 << 30
@@ -19,7 +18,7 @@ def expected_live_tokens(config: DMSConfig, num_tokens: int) -> float:
 def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len: int) -> str:
     """A few lines; ``num_blocks`` is the pool without vLLM's null block."""
     layout = spec.layout
-    side_bytes = allocate_side_state(layout, spec.max_num_seqs, "meta").num_bytes()
+    side_bytes = layout.side_bytes(spec.max_num_seqs, spec.max_chunk_tokens)
     pool_bytes = num_blocks * layout.block_bytes
     dense = num_blocks / spec.dense_blocks(max_model_len)
     live = expected_live_tokens(config, max_model_len)
@@ -37,7 +36,7 @@ def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len
         (
             f"DMS cache: {config.dialect} checkpoint, window {config.window}, each token's fate "
             f"decided by {shift}, one decision per {config.alpha_per}",
-            f"  storage {str(layout.storage_dtype).removeprefix('torch.')}; pages of "
+            f"  storage {str(layout.storage.dtype).removeprefix('torch.')}; pages of "
             f"{layout.page_size} slots, {layout.page_bytes} bytes; blocks of "
             f"{layout.pages_per_block} pages, {layout.block_bytes} bytes on each rank",
             f"  pool {num_blocks} blocks, {pool_bytes / GIB:.2f} GiB; side state "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_dms.adapters import find_adapter_tensors, nvidia_keys, write_adapter
 from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig
 
 # Everything else in a model directory that a server or a client reads.
@@ -50,7 +51,7 @@ def load_dense(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_dms(path: Path, dtype: torch.dtype) -> tuple[nn.Module, DMSConfig]:
-    """A checkpoint written by `save`, with its adapter weights where `forward` looks for them."""
+    """What `save_merged` wrote, with its adapter weights where `forward` looks for them."""
     raw = json.loads((path / "config.json").read_text())
     dms = DMSConfig.from_checkpoint(raw)
     if dms is None:
@@ -134,11 +135,30 @@ def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.P
     return trained
 
 
-def save(
+def save_adapter(
+    model: nn.Module,
+    dms: DMSConfig,
+    tau: float,
+    base: str,
+    out: Path,
+    dtype: torch.dtype,
+    readme: str = "",
+) -> None:
+    """Writes `out`: what decides alone, over the model that `base` names."""
+    state = model.state_dict()
+    tensors = {name: state[name].to(dtype) for name in find_adapter_tensors(state)}
+    config = model.config.to_dict()
+    write_adapter(out, nvidia_keys(dms, tau), tensors, base, config, readme)
+
+
+def save_merged(
     model: nn.Module, dms: DMSConfig, tau: float, source: Path, out: Path, dtype: torch.dtype
 ) -> None:
     """Writes `out`: weights in `dtype`, config.json with NVIDIA's keys, `source`'s tokenizer."""
     state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        # Converted apart, the two are no longer seen to be one.
+        state.pop("lm_head.weight", None)
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}.self_attn."
         rows = state.pop(prefix + ROWS, None)
@@ -152,14 +172,7 @@ def save(
     config |= {
         "architectures": [base + "DMS" if dms.adapter else base],
         "dtype": str(dtype).removeprefix("torch."),
-        "dms_alpha_scale": dms.alpha_scale,
-        "dms_initial_alpha_offset": dms.alpha_offset,
-        "dms_window_size": dms.window,
-        "dms_cr": dms.nominal_ratio,
-        "dms_disable_eviction": False,
-        "dms_separate_alpha": dms.adapter,
-        "dms_alpha_per": dms.alpha_per,
-        "dms_tau": tau,
+        **nvidia_keys(dms, tau),
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in TOKENIZER_FILES:

@@ -1,4 +1,4 @@
-"""What the kernels share: the state as they see it, addresses of slots, decisions, FP8.
+"""What the kernels share: the state as they see it, requests, rows and their pages, decisions.
 
 Names: T query tokens, H KV heads, G query heads per KV head, D channels, P slots per page, R ring
 slots (window + 1). A *row* is one (state, layer, head): the slots that one KV head attends to.
@@ -27,14 +27,18 @@ class Geometry(NamedTuple):
     MAX_BLOCKS: Any  # block row entries of a state
     PAGES_PER_BLOCK: Any
     MAX_REQS: Any  # of a batch, rounded up to a power of two
-    QUANTIZED: Any
+    STORAGE: Any  # `Storage.name`
+    WIDTH: Any  # of a vector's values, in elements
+    PAGE: Any  # of a page, in elements of its values
+    SCALES: Any  # of a vector
+    PAGE_SCALES: Any  # of a page, in elements of its scales
 
 
 class StateArgs(NamedTuple):
-    """Pointers of `ArenaState`. A page is K[P, D], V[P, D], scales[P, 2]."""
+    """Pointers of `ArenaState`. A page is K[P, WIDTH], V[P, WIDTH], scales[P, 2, SCALES]."""
 
-    pages: Any  # K of page 0, in the storage dtype
-    scales: Any  # k_scale of page 0, bfloat16; None unless QUANTIZED
+    pages: Any  # K of page 0, in the storage's dtype
+    scales: Any  # of page 0, bfloat16
     state_of_block: Any
     block_rows: Any
     pages_used: Any
@@ -114,19 +118,6 @@ def allow_next_kernel(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def slot_offset(page, slot, geo):
-    """Where K of a slot is, in elements of ``pages``; V is P * D further."""
-    elements: tl.constexpr = geo.P * (2 * geo.D + (4 if geo.QUANTIZED else 0))
-    return page.to(tl.int64) * elements + slot % geo.P * geo.D
-
-
-@triton.jit
-def scale_offset(page, slot, geo):
-    """Where k_scale of a slot is, in elements of ``scales``; v_scale is the next."""
-    return page.to(tl.int64) * (geo.P * (geo.D + 2)) + slot % geo.P * 2
-
-
-@triton.jit
 def round_mantissa(x, BITS: tl.constexpr):
     """float32 rounded to nearest even without its last BITS mantissa bits. By hand, because
     Triton's interpreter truncates in the casts to bfloat16 and FP8."""
@@ -147,61 +138,3 @@ def decide(alpha, scale, offset):
         return round_mantissa(x, 16) - offset > 0
     else:
         return x - offset > 0
-
-
-@triton.jit
-def quantize(x):
-    """x [N, D_PAD] -> e4m3 [N, D_PAD] and float32 scales [N] that bfloat16 holds exactly."""
-    x = x.to(tl.float32)
-    scale = round_mantissa(tl.div_rn(tl.max(tl.abs(x), 1), 448.0), 16)
-    scale = tl.where(scale == 0, 1.0, scale)
-    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    # Below 2**-6 e4m3 is a grid of step 2**-9, which is float32's step at 24576.
-    x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, round_mantissa(x, 20))
-    return x.to(tl.float8e4nv), scale
-
-
-@triton.jit
-def widen(x, dtype: tl.constexpr):
-    """e4m3 -> dtype, exactly. The interpreter's own cast makes 480 of NaN."""
-    wide = x.to(dtype)
-    if INTERPRETED:
-        wide = tl.where((x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), wide)
-    return wide
-
-
-@triton.jit
-def write_slots(state, geo, page, slot, k, v, mask):
-    """Store k and v [N, D_PAD] in the slots [N], each in its page [N]."""
-    offs_d = tl.arange(0, geo.D_PAD)[None, :]
-    ptr = state.pages + slot_offset(page, slot, geo)[:, None] + offs_d
-    mask_d = mask[:, None] & (offs_d < geo.D)
-    if geo.QUANTIZED:
-        k, k_scale = quantize(k)
-        v, v_scale = quantize(v)
-        scale_ptr = state.scales + scale_offset(page, slot, geo)
-        tl.store(scale_ptr, k_scale.to(tl.bfloat16), mask=mask)
-        tl.store(scale_ptr + 1, v_scale.to(tl.bfloat16), mask=mask)
-    tl.store(ptr, k, mask=mask_d)
-    tl.store(ptr + geo.P * geo.D, v, mask=mask_d)
-
-
-@triton.jit
-def copy_slots(state, geo, src_page, src, dst_page, dst, mask):
-    """Copy slots as stored: FP8 values move with their scales, never rounded twice."""
-    offs_d = tl.arange(0, geo.D_PAD)[None, :]
-    src_ptr = state.pages + slot_offset(src_page, src, geo)[:, None] + offs_d
-    dst_ptr = state.pages + slot_offset(dst_page, dst, geo)[:, None] + offs_d
-    mask_d = mask[:, None] & (offs_d < geo.D)
-    k = tl.load(src_ptr, mask=mask_d)
-    v = tl.load(src_ptr + geo.P * geo.D, mask=mask_d)
-    if geo.QUANTIZED:
-        src_scale = state.scales + scale_offset(src_page, src, geo)
-        dst_scale = state.scales + scale_offset(dst_page, dst, geo)
-        k_scale = tl.load(src_scale, mask=mask)
-        v_scale = tl.load(src_scale + 1, mask=mask)
-        tl.store(dst_scale, k_scale, mask=mask)
-        tl.store(dst_scale + 1, v_scale, mask=mask)
-    tl.store(dst_ptr, k, mask=mask_d)
-    tl.store(dst_ptr + geo.P * geo.D, v, mask=mask_d)

@@ -11,11 +11,11 @@ from vllm_dms.backend.kernels.common import (
     NO_SCORE,
     allow_next_kernel,
     row_index,
-    slot_offset,
     tile_pages,
     wait_for_previous_kernel,
 )
 from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
+from vllm_dms.backend.kernels.pages import slot_offset
 from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, partial_of
 
 
@@ -53,7 +53,7 @@ def attend_row(
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, 0)
         # Loaded as a transpose: transposed later, it would not be prefetched.
-        v = tl.load(tl.trans(ptr + geo.P * geo.D), mask=tl.trans(mask_d), other=0.0)
+        v = tl.load(tl.trans(ptr + geo.P * geo.WIDTH), mask=tl.trans(mask_d), other=0.0)
         acc = tl.dot(v, weights.to(q.dtype), acc * decay[None, :], input_precision="ieee")
         top = new_top
     return tl.trans(acc), top, total
@@ -132,12 +132,13 @@ def decode_kernel(
         end = tl.minimum(row_end, stop)
         first = tile - row_begin
         last = tl.minimum(end - row_begin, tl.cdiv(live, BLOCK_N))
-        if geo.QUANTIZED:
+        if geo.STORAGE == "fp8":
             acc, top, total = attend_row_fp8(
                 q, score_scale, state, row, live, page, first, last, geo,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
+            tl.static_assert(geo.STORAGE == "model")
             acc, top, total = attend_row(
                 q, score_scale, state, row, live, page, first, last, geo,
                 BLOCK_M, BLOCK_N,

@@ -11,11 +11,9 @@ import triton.language as tl
 from vllm_dms.backend.kernels.common import (
     INTERPRETED,
     NO_SCORE,
-    scale_offset,
-    slot_offset,
     tile_pages,
-    widen,
 )
+from vllm_dms.backend.kernels.pages import scale_offset, slot_offset, widen
 
 
 @triton.jit
@@ -97,7 +95,7 @@ def attend_row_fp8(
         decay *= unit / new_unit
         unit = new_unit
         # Loaded as a transpose: transposed later, it would not be prefetched.
-        v_ptr = tl.trans(ptr + geo.P * geo.D // 2)
+        v_ptr = tl.trans(ptr + geo.P * geo.WIDTH // 2)
         v_even, v_odd = widen_pairs(tl.load(v_ptr, mask=tl.trans(mask_d), other=0))
         even = tl.dot(v_even, weights, even * decay[None, :])
         odd = tl.dot(v_odd, weights, odd * decay[None, :])

@@ -15,10 +15,8 @@ from vllm_dms.backend.kernels.common import (
     load_request,
     page_of,
     row_index,
-    scale_offset,
-    slot_offset,
-    widen,
 )
+from vllm_dms.backend.kernels.pages import load_slots
 
 
 @triton.jit
@@ -33,30 +31,6 @@ def attend_tile(q, k, v, acc, top, total, score_scale, visible, MASKED: tl.const
     total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_top, total
-
-
-@triton.jit
-def load_slots(state, page, slot, mask, dtype: tl.constexpr, geo, MASKED: tl.constexpr):
-    """K and V [N, D_PAD] of slots [N] in dtype; FP8 is multiplied out."""
-    offs_d = tl.arange(0, geo.D_PAD)[None, :]
-    ptr = state.pages + slot_offset(page, slot, geo)[:, None] + offs_d
-    if MASKED:
-        mask_d = mask[:, None] & (offs_d < geo.D)
-        k = tl.load(ptr, mask=mask_d, other=0.0)
-        v = tl.load(ptr + geo.P * geo.D, mask=mask_d, other=0.0)
-    elif geo.D < geo.D_PAD:
-        k = tl.load(ptr, mask=offs_d < geo.D, other=0.0)
-        v = tl.load(ptr + geo.P * geo.D, mask=offs_d < geo.D, other=0.0)
-    else:
-        k = tl.load(ptr)
-        v = tl.load(ptr + geo.P * geo.D)
-    if geo.QUANTIZED:
-        scale_ptr = state.scales + scale_offset(page, slot, geo)
-        k_scale = tl.load(scale_ptr, mask=mask, other=0.0).to(tl.float32)
-        v_scale = tl.load(scale_ptr + 1, mask=mask, other=0.0).to(tl.float32)
-        k = widen(k, tl.float32) * k_scale[:, None]
-        v = widen(v, tl.float32) * v_scale[:, None]
-    return k.to(dtype), v.to(dtype)
 
 
 @triton.jit

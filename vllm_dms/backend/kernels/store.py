@@ -10,15 +10,14 @@ import triton.language as tl
 
 from vllm_dms.backend.kernels.common import (
     allow_next_kernel,
-    copy_slots,
     decide,
     find_request,
     load_request,
     page_of,
     row_index,
     wait_for_previous_kernel,
-    write_slots,
 )
+from vllm_dms.backend.kernels.pages import copy_slots, write_slots
 
 
 @triton.jit

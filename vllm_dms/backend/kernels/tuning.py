@@ -25,9 +25,9 @@ class Tuning:
 
 def default_tuning(layout: ArenaLayout) -> Tuning:
     tuning = Tuning()
-    if layout.quantized:
+    if layout.storage.name == "fp8":
         tuning = Tuning(decode_warps=2, programs_per_sm=6)
-    elif layout.storage_dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
+    elif layout.storage.dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         tuning = Tuning(decode_block=32)
     if layout.head_dim > 128:  # to fit the shared memory of GPUs before Hopper
         tuning = replace(tuning, prefill_block=32, prefill_stages=2)

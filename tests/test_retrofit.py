@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import adapter_weights
 from engines import NOISE, generate, sampling
 from retrofit_runs import FAMILIES, WINDOW, dense, run  # noqa: F401 - dense is a fixture
 

@@ -61,8 +61,8 @@ class AlphaAdapter:
     """Reads the decision from the hidden state before `input_layernorm`.
 
     Not a module: the checkpoint keeps the adapter's weights on the attention layer itself, as
-    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``. Every rank computes all heads (a few rows) and
-    keeps its own.
+    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``; most have no bias, and then it is zero. Every
+    rank computes all heads (a few rows) and keeps its own.
     """
 
     def __init__(
@@ -70,13 +70,12 @@ class AlphaAdapter:
         total_kv_heads: int,
         num_kv_heads: int,
         hidden_size: int,
-        bias: bool,
         eps: float,
         per_layer: bool,
         prefix: str,
     ) -> None:
         self.proj = ReplicatedLinear(
-            hidden_size, total_kv_heads, bias=bias, prefix=f"{prefix}.dms_proj_alpha"
+            hidden_size, total_kv_heads, bias=True, prefix=f"{prefix}.dms_proj_alpha"
         )
         self.norm = RMSNorm(hidden_size, eps=eps)
         self.num_kv_heads = num_kv_heads

@@ -62,8 +62,6 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
             attention.total_num_kv_heads,
             attention.num_kv_heads,
             attention.hidden_size,
-            # As in NVIDIA's classes.
-            bool(getattr(vllm_config.model_config.hf_config, "attention_bias", False)),
             layer.input_layernorm.variance_epsilon,
             config.alpha_per == "layer",
             name.removesuffix(".attn"),

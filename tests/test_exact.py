@@ -116,7 +116,9 @@ def test_preempted_and_aborted_requests_leave_the_others_exact(checkpoint, make_
     assert manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks
 
 
-@pytest.mark.parametrize("wrong", [{"shift": 0}, {"window": 15}, {"window": 17}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"shift": 0}, {"window": 15}, {"window": 17}, {"zero": "before"}], ids=str
+)
 def test_a_wrong_rule_is_noticed(checkpoint, make_engine, wrong):
     path = checkpoint(**DIALECTS["borrowed"])
     llm = make_engine(path, **engine_args(96, additional_config={"dms": wrong}))

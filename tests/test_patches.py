@@ -16,6 +16,7 @@ from vllm_dms import compat
 PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = sorted(path.name for path in PATCHES.glob("*.diff"))
 VLLM = Path(vllm.__path__[0])
+RUN_TIME_PATCHES = ("patch_cache_dtype", "wrap_config_hook", "wrap_model_config")
 
 
 def touched_files(diff):
@@ -64,10 +65,10 @@ def test_the_ledger_names_exactly_the_run_time_patches():
         if "Remove when:" in (function.__doc__ or "")
     }
     named = {name for row in ledger_rows() for name in code_names(row[3])}
-    assert named == patches == {"patch_cache_dtype", "wrap_config_hook"}
+    assert named == patches == set(RUN_TIME_PATCHES)
 
 
-@pytest.mark.parametrize("name", ["patch_cache_dtype", "wrap_config_hook"])
+@pytest.mark.parametrize("name", RUN_TIME_PATCHES)
 def test_a_run_time_patch_says_what_it_is(name):
     doc = getattr(compat, name).__doc__
     assert re.findall(r"^    (\w[\w ]*):", doc, re.M) == [
@@ -155,6 +156,25 @@ def test_the_config_hook_runs_first_for_every_model_and_is_wrapped_once(monkeypa
         config.try_verify_and_update_config()
     assert with_model.calls == ["dms", "vllm"]
     assert without_model.calls == ["vllm"]
+
+
+def test_arguments_are_prepared_on_a_copy_and_wrapped_once(monkeypatch):
+    import vllm.engine.arg_utils as module
+
+    class Args:
+        model = "given"
+
+        def create_model_config(self):
+            return self.model
+
+    def prepare(args):
+        args.model += ", prepared"
+
+    monkeypatch.setattr(module, "EngineArgs", Args)
+    for _ in range(2):
+        compat.wrap_model_config(prepare)
+    args = Args()
+    assert args.create_model_config() == "given, prepared" and args.model == "given"
 
 
 def test_importing_the_package_imports_nothing_that_can_fail():

@@ -5,6 +5,7 @@ nothing for a server that does not ask for DMS, and raises `MissingHookError` na
 if vLLM no longer has it. `patches/` holds the source diff that makes each of them unnecessary.
 """
 
+import copy
 import functools
 import importlib
 import inspect
@@ -161,3 +162,33 @@ def wrap_config_hook(configure: Callable[[typing.Any], None]) -> None:
 
     try_verify_and_update_config.__wrapped_by__ = __name__  # type: ignore[attr-defined]
     module.VllmConfig.try_verify_and_update_config = try_verify_and_update_config
+
+
+def wrap_model_config(prepare: Callable[[typing.Any], None]) -> None:
+    """Call `prepare(engine_args)` before vLLM reads the checkpoint's config.json.
+
+    Symptom: a student exported by Model-Optimizer is served as a pooling model, for vLLM takes a
+        config without `architectures` for one; with --trust-remote-code it fails to import the
+        code that `auto_map` names.
+    Cause: a plugin can replace the parser of a config format for all engines
+        (`register_config_parser`), or see the config when the model's kind is decided already.
+    Change: `EngineArgs.create_model_config` runs on a copy of the arguments that `prepare` saw.
+    Remove when: vLLM has `register_engine_args_hook` (offered in `patches/`), used here if there.
+    """
+    module = typing.cast(typing.Any, importlib.import_module("vllm.engine.arg_utils"))
+    if hasattr(module, "register_engine_args_hook"):
+        module.register_engine_args_hook(prepare)
+        return
+    name = "vllm.engine.arg_utils:EngineArgs.create_model_config"
+    original = typing.cast(typing.Any, resolve_hook(name))
+    if getattr(original, "__wrapped_by__", None) == __name__:
+        return
+
+    @functools.wraps(original)
+    def create_model_config(self: typing.Any) -> typing.Any:
+        args = copy.copy(self)
+        prepare(args)
+        return original(args)
+
+    create_model_config.__wrapped_by__ = __name__  # type: ignore[attr-defined]
+    module.EngineArgs.create_model_config = create_model_config

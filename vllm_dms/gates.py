@@ -15,8 +15,9 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
 from vllm_dms.compat import check_hooks, check_vllm_version
-from vllm_dms.config import SUPPORTED_FORMATS, DMSConfig
-from vllm_dms.models.families import family_of_architectures
+from vllm_dms.config import DMSConfig
+from vllm_dms.formats import SUPPORTED_FORMATS
+from vllm_dms.models.families import family_of, family_of_architectures
 
 logger = init_logger(__name__)
 
@@ -24,6 +25,31 @@ CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8"}  # flag value -> DMSConfig.sto
 CONNECTOR = "DMSConnector"
 # vLLM's own list plus ours; set before vLLM fills in its default.
 ATTENTION_OP = "vllm_dms::attention"
+
+
+def prepare(engine_args: Any) -> None:
+    """Before vLLM reads config.json: what it would make of a student that Model-Optimizer exported.
+
+    ``engine_args`` is a copy, and no other engine's.
+    """
+    if engine_args.kv_cache_dtype not in CACHE_DTYPES:
+        return
+    model = engine_args.model
+    if engine_args.trust_remote_code and engine_args.tokenizer in (None, model):
+        logger.info("--trust-remote-code is not used: DMS needs no code of %s.", model)
+        engine_args.trust_remote_code = False
+    config = get_hf_file_to_dict(
+        "config.json", engine_args.hf_config_path or model, engine_args.revision
+    )
+    family = family_of(config or {})
+    # Missing, or the bare backbone, which vLLM takes for a pooling model. (No dict: a function.)
+    if family is None or family_of_architectures(config.get("architectures") or []) is not None:
+        return
+    if isinstance(engine_args.hf_overrides, dict):
+        engine_args.hf_overrides = {
+            "architectures": [family.architecture],
+            **engine_args.hf_overrides,
+        }
 
 
 def configure(vllm_config: VllmConfig) -> None:

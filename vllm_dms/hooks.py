@@ -89,6 +89,7 @@ OVERRIDDEN = {
 # What is called by name, patched, or written to: an attribute that vLLM no longer has could still
 # be written, and nobody would read it.
 _OTHER = {
+    "checkpoints without architectures": "vllm.engine.arg_utils:EngineArgs.create_model_config",
     "checks before the engine starts": "vllm.config.vllm:VllmConfig.try_verify_and_update_config",
     "CUDA graphs around attention": "vllm.config:CompilationConfig._attention_ops "
     "vllm.config:CompilationConfig.splitting_ops",

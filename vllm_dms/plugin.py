@@ -14,12 +14,13 @@ logger = logging.getLogger("vllm.vllm_dms")
 def register() -> None:
     """Hook into vLLM, or, if this vLLM lacks a hook, say which and leave it as it was: it may be
     serving something else. `--kv-cache-dtype dms` then is an unknown value."""
-    from vllm_dms.gates import configure
+    from vllm_dms.gates import configure, prepare
 
     try:
         # The frontend: flags and checkpoint to a configured engine, or an error. First, because a
         # flag that is accepted must be acted on.
         compat.wrap_config_hook(configure)
+        compat.wrap_model_config(prepare)
         # The flag: --kv-cache-dtype dms, dms_fp8.
         compat.patch_cache_dtype()
     except compat.MissingHookError as error:

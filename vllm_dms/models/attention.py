@@ -40,6 +40,5 @@ class DMSSelfAttention(nn.Module):
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(1)
         alpha, q = self.dms_source.read(stream, q)
         q, k = self.rotary_emb(positions, q, k)
-        q = self.dms_source.clear(q)
-        output, _ = self.o_proj(self.attn(q, k, v, alpha))
+        output, _ = self.o_proj(self.attn(self.dms_source.rotated(q), k, v, alpha))
         return output

@@ -27,28 +27,33 @@ def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
 class BorrowedChannel(nn.Module):
     """The last channel of the first query head of each group carries the decision.
 
-    It is 0 in attention, and zeroed both before and after RoPE: before, or RoPE would mix it into
-    its partner channel; after, or the partner would leak into it.
+    NVIDIA's models have it 0 in attention, so it is zeroed both before and after RoPE: before, or
+    RoPE would mix it into its partner channel; after, or the partner would leak into it. FastDMS
+    zeroes it before RoPE only, or never.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, per_layer: bool) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, config: DMSConfig) -> None:
         """Of this rank, which has whole groups: `gates` sees to it."""
         super().__init__()
         self.num_heads, self.group = num_heads, num_heads // num_kv_heads
-        self.per_layer = per_layer
+        self.per_layer = config.alpha_per == "layer"
+        self.zero_before, self.zero_after = config.zero != "never", config.zero == "both"
         borrowed = torch.zeros(num_heads, head_dim, dtype=torch.bool)
         borrowed[:: self.group, -1] = True
         self.register_buffer("borrowed", borrowed.flatten(), persistent=False)
 
     def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha [T, H], what is left of the query), see `AlphaAdapter.read`."""
+        """(alpha [T, H], query to rotate) of the query [T, H * G * D] after its norm."""
         alpha = query.unflatten(-1, (self.num_heads, -1))[:, :: self.group, -1]
         if self.per_layer:
             alpha = alpha[:, :1].expand_as(alpha)
-        return alpha.contiguous(), self.clear(query)
+        return alpha.contiguous(), self.clear(query) if self.zero_before else query
+
+    def rotated(self, query: torch.Tensor) -> torch.Tensor:
+        """The query for attention, of the query after RoPE."""
+        return self.clear(query) if self.zero_after else query
 
     def clear(self, query: torch.Tensor) -> torch.Tensor:
-        """The query [T, H * G * D] for attention, before RoPE or after it."""
         return query.masked_fill(self.borrowed, 0.0)
 
 
@@ -56,8 +61,8 @@ class AlphaAdapter:
     """Reads the decision from the hidden state before `input_layernorm`.
 
     Not a module: the checkpoint keeps the adapter's weights on the attention layer itself, as
-    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``. Every rank computes all heads (a few rows) and
-    keeps its own.
+    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``; most have no bias, and then it is zero. Every
+    rank computes all heads (a few rows) and keeps its own.
     """
 
     def __init__(
@@ -65,13 +70,12 @@ class AlphaAdapter:
         total_kv_heads: int,
         num_kv_heads: int,
         hidden_size: int,
-        bias: bool,
         eps: float,
         per_layer: bool,
         prefix: str,
     ) -> None:
         self.proj = ReplicatedLinear(
-            hidden_size, total_kv_heads, bias=bias, prefix=f"{prefix}.dms_proj_alpha"
+            hidden_size, total_kv_heads, bias=True, prefix=f"{prefix}.dms_proj_alpha"
         )
         self.norm = RMSNorm(hidden_size, eps=eps)
         self.num_kv_heads = num_kv_heads
@@ -83,7 +87,7 @@ class AlphaAdapter:
         self.fused = self.proj.weight.device.type == "cuda"
 
     def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha [T, H], query) of the residual stream [T, hidden] and of the query before RoPE."""
+        """(alpha [T, H], query) of the residual stream [T, hidden] and of the query."""
         if self.fused:
             alpha = torch.ops.vllm_dms.alpha(
                 stream,
@@ -100,5 +104,5 @@ class AlphaAdapter:
             alpha = alpha[:, self.first_head : self.first_head + self.num_kv_heads]
         return alpha.contiguous(), query
 
-    def clear(self, query: torch.Tensor) -> torch.Tensor:
+    def rotated(self, query: torch.Tensor) -> torch.Tensor:
         return query  # nothing of it was borrowed

@@ -5,7 +5,7 @@ built like Llama: `model.layers[i]` with `input_layernorm` and a `self_attn` tha
 `rotary_emb`, `attn` and `o_proj`, called with positions and hidden states (`graft`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,12 +37,29 @@ class Family:
 _VLLM = "vllm.model_executor.models."
 FAMILIES = (
     Family("Qwen3", "qwen3", "Qwen3ForCausalLM", _VLLM + "qwen3", qk_norm=True),
+    Family(
+        "Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", _VLLM + "qwen3_moe", qk_norm=True, moe=True
+    ),
+    Family("Qwen2", "qwen2", "Qwen2ForCausalLM", _VLLM + "qwen2", qkv_bias="always"),
     Family("Llama", "llama", "LlamaForCausalLM", _VLLM + "llama"),
+    Family("Mistral", "mistral", "MistralForCausalLM", _VLLM + "mistral"),
 )
-ARCHITECTURES = {family.architecture: family for family in FAMILIES}
+_BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+_BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+# What transformers calls a model without its head, and vLLM a checkpoint that doesn't say.
+_BACKBONES = {family.architecture.replace("ForCausalLM", "Model") for family in FAMILIES}
 
 
 def family_of_architectures(names: Iterable[str]) -> Family | None:
     """The family of config.json's `architectures`, also under NVIDIA's and this plugin's names."""
-    known = (ARCHITECTURES.get(name.replace(NVIDIA_SUFFIX, "")) for name in names)
+    known = (_BY_ARCHITECTURE.get(name.replace(NVIDIA_SUFFIX, "")) for name in names)
     return next((family for family in known if family is not None), None)
+
+
+def family_of(config: Mapping) -> Family | None:
+    """The same of config.json itself: by `model_type`, if `architectures` is missing or says no
+    more than that (Model-Optimizer removes it from what it exports)."""
+    names = config.get("architectures") or []
+    if all(name.replace(NVIDIA_SUFFIX, "") in _BACKBONES for name in names):
+        return _BY_MODEL_TYPE.get(config.get("model_type", ""))
+    return family_of_architectures(names)

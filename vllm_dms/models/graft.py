@@ -57,23 +57,20 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
         prefix=name,
     )
     attention.dms_qk_norm = hasattr(attention, "q_norm")
-    per_layer = config.alpha_per == "layer"
     if config.adapter:
         attention.dms_source = adapter = AlphaAdapter(
             attention.total_num_kv_heads,
             attention.num_kv_heads,
             attention.hidden_size,
-            # As in NVIDIA's classes.
-            bool(getattr(vllm_config.model_config.hf_config, "attention_bias", False)),
             layer.input_layernorm.variance_epsilon,
-            per_layer,
+            config.alpha_per == "layer",
             name.removesuffix(".attn"),
         )
         # The checkpoint's names for them, so that vLLM's own loading finds them.
         attention.dms_proj_alpha, attention.dms_proj_alpha_norm = adapter.proj, adapter.norm
     else:
         attention.dms_source = BorrowedChannel(
-            attention.num_heads, attention.num_kv_heads, attention.head_dim, per_layer
+            attention.num_heads, attention.num_kv_heads, attention.head_dim, config
         )
     attention.__class__ = grafted(DMSSelfAttention, attention.__class__)
     layer.input_layernorm.__class__ = grafted(StreamNorm, layer.input_layernorm.__class__)

@@ -2,7 +2,7 @@
 
     python benchmarks/eval_quality.py [MODEL] [--lengths 1024,2048,4096] [--prompts 16]
 
-Needle questions (benchmarks/tiny/needles.py) in long documents. Arms through vLLM: eviction off,
+Needle questions (examples/tiny/needles.py) in long documents. Arms through vLLM: eviction off,
 dms, dms_fp8. Controls through the reference model, which can be told whom to evict: random (the
 same share of every head) and window only (as long as what dms keeps). Writes quality.json and
 quality.png into --out. Known limits: with --logprobs below the vocabulary's size the engine's KL is

@@ -2,12 +2,12 @@
 
 import pytest
 from checkpoints import random_tokens
+from exactness import NOISE, generate, worst_error
 
 from vllm_dms.backend.runtime import get_runtime
 from vllm_dms.core.manager import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
 
-NOISE = 1e-3  # nats; fp32 rounding is about 3e-5, the mildest wrong rule about 3e-2
 LENGTHS = (20, 97, 230, 512, 700, 1200)
 GENERATED = 70
 
@@ -46,21 +46,6 @@ def sampling(max_tokens=GENERATED):
 
 def prompts(lengths=LENGTHS, seed=0):
     return [random_tokens(n, seed=seed + i) for i, n in enumerate(lengths)]
-
-
-def generate(llm, token_ids, params):
-    return llm.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=False)
-
-
-def worst_error(reference: ReferenceModel, prompt, output) -> float:
-    """Largest difference of any returned log-probability from the reference's."""
-    ids = list(output.outputs[0].token_ids)
-    logits = reference.forward(prompt + ids).logits.log_softmax(-1)
-    worst = 0.0
-    for step, entries in enumerate(output.outputs[0].logprobs):
-        row = logits[len(prompt) - 1 + step]
-        worst = max(worst, *(abs(row[t].item() - lp.logprob) for t, lp in entries.items()))
-    return worst
 
 
 def check_exact(path, llm, token_ids):

@@ -15,10 +15,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from examples.tiny.controls import load_dms
 from vllm_dms.config import DMSConfig, weight_suffixes
 from vllm_dms.reference import ReferenceModel
 from vllm_dms.retrofit import __main__ as cli
-from vllm_dms.retrofit.checkpoint import load_dms
 from vllm_dms.retrofit.forward import forward
 from vllm_dms.retrofit.gates import hard
 

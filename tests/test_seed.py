@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_retrofit import dense, run  # noqa: F401 - dense is a fixture
 
-from benchmarks.tiny import train_dense
+from examples.tiny import train_dense
 from vllm_dms.retrofit import __main__ as cli
 from vllm_dms.retrofit import forward
 from vllm_dms.retrofit.determinism import deterministic

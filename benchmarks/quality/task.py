@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.tiny import needles
+from examples.tiny import needles
 
 BANDS = 4  # of depth, in the report
 ROOM = 64  # tokens of a length that are left for the answer

@@ -26,10 +26,6 @@ class Task:
     # First position of prompt + answer that something is hidden from, filled in by the controls.
     starts: dict[int, list[int]] = field(default_factory=dict)
 
-    @property
-    def lengths(self) -> list[int]:
-        return list(self.questions)
-
     @classmethod
     def build(
         cls, model: Path, lengths: list[int], prompts: int, asked: int, scored: int, seed: int

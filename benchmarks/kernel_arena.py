@@ -1,4 +1,5 @@
-"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens."""
+"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens. Only this
+file knows the backend's insides."""
 
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.triton_ops import TritonOps, Tuning
+from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
 HEADS, GROUP, HEAD_DIM, WINDOW, PAGE, BLOCK = 8, 4, 128, 512, 64, 16
@@ -62,11 +63,7 @@ class Arena:
         self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
         self._fill(batch, headroom)
         self._make_inputs(batch)
-        self.use(None)
-
-    def use(self, tuning: Tuning | None) -> None:
-        tokens, heads = self.batch.num_tokens, HEADS * GROUP
-        self.ops = TritonOps(self.layout, tokens, MAX_SEQS, heads, self.device, tuning)
+        self.ops = TritonOps(self.layout, batch * chunk, MAX_SEQS, HEADS * GROUP, device)
 
     def _fill(self, batch: int, headroom: int) -> None:
         """Random K and V; a request's pages in random order, as its rows grew side by side."""
@@ -145,31 +142,29 @@ class Arena:
     def store_window(self, layer: int) -> None:
         self.ops.store_window(self.state, self.batch, layer, self.key, self.value)
 
-    def decoded_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(kernel's, plain operations') output for up to 8 requests, after `decode`."""
-        return self._against_plain(min(8, self.batch.num_reqs), "decode", layer, self.query)
-
-    def prefilled_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._against_plain(
-            1, "prefill", layer, self.query, self.key.float(), self.value.float()
-        )
-
-    def _against_plain(
-        self, num_reqs: int, name: str, layer: int, query: torch.Tensor, *kv: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        some = self._first(num_reqs)
+    def attended_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kernel's, plain operations') output of some requests, after `decode` or `prefill`."""
+        some, plain = self._first_requests(), TorchOps()
         exact = torch.full(self.output.shape, float("nan"), device=self.device)
-        attend = getattr(TorchOps(), name)
-        attend(self.state, some, layer, query.float(), *kv, exact, SCALE)
+        if self.chunk == 1:
+            plain.decode(self.state, some, layer, self.query.float(), exact, SCALE)
+        else:
+            inputs = (x.float() for x in (self.query, self.key, self.value))
+            plain.prefill(self.state, some, layer, *inputs, exact, SCALE)
         return self.output[: some.num_tokens], exact[: some.num_tokens]
 
-    def _first(self, num_reqs: int) -> Batch:
+    def _first_requests(self) -> Batch:
+        num_reqs = min(8, self.batch.num_reqs)
         return replace(self.batch, num_reqs=num_reqs, num_tokens=num_reqs * self.chunk)
 
-    def stored_rows(self, ops: Ops, layer: int) -> list[torch.Tensor]:
-        """All slots and decisions of the layer's rows of up to 8 requests, as ``ops`` would leave
+    def stored_rows(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All slots and decisions of some requests, as kernels and as plain operations would leave
         them: the state stays as it is."""
-        state, some = self.state, self._first(min(8, self.batch.num_reqs))
+        both = (self._after_store(ops, layer) for ops in (self.ops, TorchOps()))
+        return list(zip(*both, strict=True))
+
+    def _after_store(self, ops: Ops, layer: int) -> list[torch.Tensor]:
+        state, some = self.state, self._first_requests()
         changed = (self.raw, state.live, state.pages_used, state.page_table, state.evict_ring)
         saved = [tensor.clone() for tensor in changed]
         ops.store(state, some, self.config, layer, self.key, self.value, self.alpha)
@@ -184,28 +179,3 @@ class Arena:
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
         return rows
-
-    def bytes_moved(self, layer: int) -> dict[str, int]:
-        """By kernel, reading and writing everything once; after `store` of the layer."""
-        layout, num_reqs = self.layout, self.batch.num_reqs
-        token, slot = 2 * HEAD_DIM * self.key.element_size(), layout.slot_bytes
-        before, after = (min(n, layout.ring_size) for n in (self.stored, self.stored + self.chunk))
-        live, saved = (x[1 : num_reqs + 1, layer] for x in (self.state.live, self.saved_live))
-        survivors = int((live - saved).sum()) - (after - before) * HEADS * num_reqs
-        window = min(self.chunk, layout.ring_size) * HEADS * num_reqs * (token + slot)
-        if self.chunk == 1:
-            return {"store": window + survivors * 2 * slot}
-        chunk = self.batch.num_tokens * HEADS * token
-        queries = 2 * self.query.numel() * self.query.element_size()
-        return {
-            "store": survivors * (token + slot),
-            "store_window": window,
-            "prefill": queries + chunk + int(saved.sum()) * slot,
-        }
-
-    def visible_pairs(self) -> int:
-        """Keys that all query tokens of all KV heads see, after `store` of a chunk."""
-        window = torch.arange(self.stored, self.stored + self.chunk, device=self.device) + 1
-        window = window.clamp(max=self.layout.ring_size).repeat(self.batch.num_reqs)
-        survivors = self.batch.scratch.num_survivors[: self.batch.num_tokens]
-        return int(survivors.sum()) + int(window.sum()) * HEADS

@@ -7,10 +7,12 @@ import torch
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
+from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.triton_ops import TritonOps
+from vllm_dms.backend.triton_ops import TritonOps, can_overlap
 from vllm_dms.config import DMSConfig
 
 HEADS, GROUP, HEAD_DIM, WINDOW, PAGE, BLOCK = 8, 4, 128, 512, 64, 16
@@ -63,7 +65,14 @@ class Arena:
         self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
         self._fill(batch, headroom)
         self._make_inputs(batch)
-        self.ops = TritonOps(self.layout, batch * chunk, MAX_SEQS, HEADS * GROUP, device)
+        tuning = default_tuning(self.layout)
+        schedule = allocate_schedule(
+            self.layout, MAX_SEQS, HEADS * GROUP, tuning, torch.device(device)
+        )
+        own = (schedule, tuning, can_overlap(torch.device(device)))
+        self.ops = TritonOps(self.state, self.scratch, self.config, SCALE, *own)
+        self.plain = TorchOps(self.state, self.scratch, self.config, SCALE)
+        self.ops.begin_step(self.batch)
 
     def _fill(self, batch: int, headroom: int) -> None:
         """Random K and V; a request's pages in random order, as its rows grew side by side."""
@@ -120,8 +129,8 @@ class Arena:
             block_table=torch.tensor(self.first_blocks, **int32).unsqueeze(1),
             query_start=torch.arange(batch + 1, **int32) * self.chunk,
             seq_lens=torch.full((batch,), self.stored + self.chunk, **int32),
-            scratch=allocate_scratch(self.layout, tokens, device),
         )
+        self.scratch = allocate_scratch(self.layout, tokens, device)
 
     def restore(self) -> None:
         """Take back what stores appended."""
@@ -129,28 +138,26 @@ class Arena:
         self.state.pages_used.copy_(self.saved_used)
 
     def store(self, layer: int) -> None:
-        self.ops.store(self.state, self.batch, self.config, layer, self.key, self.value, self.alpha)
+        self.ops.store(self.batch, layer, self.key, self.value, self.alpha)
 
     def decode(self, layer: int) -> None:
-        self.ops.decode(self.state, self.batch, layer, self.query, self.output, SCALE)
+        self.ops.decode(self.batch, layer, self.query, self.output)
 
     def prefill(self, layer: int) -> None:
-        self.ops.prefill(
-            self.state, self.batch, layer, self.query, self.key, self.value, self.output, SCALE
-        )
+        self.ops.prefill(self.batch, layer, self.query, self.key, self.value, self.output)
 
     def store_window(self, layer: int) -> None:
-        self.ops.store_window(self.state, self.batch, layer, self.key, self.value)
+        self.ops.store_window(self.batch, layer, self.key, self.value)
 
     def attended_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(kernel's, plain operations') output of some requests, after `decode` or `prefill`."""
-        some, plain = self._first_requests(), TorchOps()
+        some = self._first_requests()
         exact = torch.full(self.output.shape, float("nan"), device=self.device)
         if self.chunk == 1:
-            plain.decode(self.state, some, layer, self.query.float(), exact, SCALE)
+            self.plain.decode(some, layer, self.query.float(), exact)
         else:
             inputs = (x.float() for x in (self.query, self.key, self.value))
-            plain.prefill(self.state, some, layer, *inputs, exact, SCALE)
+            self.plain.prefill(some, layer, *inputs, exact)
         return self.output[: some.num_tokens], exact[: some.num_tokens]
 
     def _first_requests(self) -> Batch:
@@ -160,16 +167,17 @@ class Arena:
     def stored_rows(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """All slots and decisions of some requests, as kernels and as plain operations would leave
         them: the state stays as it is."""
-        both = (self._after_store(ops, layer) for ops in (self.ops, TorchOps()))
+        both = (self._after_store(ops, layer) for ops in (self.ops, self.plain))
         return list(zip(*both, strict=True))
 
     def _after_store(self, ops: Ops, layer: int) -> list[torch.Tensor]:
         state, some = self.state, self._first_requests()
         changed = (self.raw, state.live, state.pages_used, state.page_table, state.evict_ring)
         saved = [tensor.clone() for tensor in changed]
-        ops.store(state, some, self.config, layer, self.key, self.value, self.alpha)
+        ops.begin_step(some)
+        ops.store(some, layer, self.key, self.value, self.alpha)
         if self.chunk > 1:
-            ops.store_window(state, some, layer, self.key, self.value)
+            ops.store_window(some, layer, self.key, self.value)
         rows = [state.evict_ring[1 : some.num_reqs + 1, layer].clone()]
         for index in range(1, some.num_reqs + 1):
             for head in range(HEADS):
@@ -178,4 +186,5 @@ class Arena:
                 rows += [part[page, slot % PAGE].float() for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
+        ops.begin_step(self.batch)
         return rows

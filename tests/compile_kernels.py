@@ -22,8 +22,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
+from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
@@ -74,10 +77,12 @@ def run_all(storage, head_dim, group, overlap):
         storage=STORAGES[kind].for_model(model_dtype),
         max_model_len=1024,
     )
-    ops = TritonOps(layout, 64, 4, 2 * group, "cpu")
-    ops.overlap, ops.launch = overlap, {"launch_pdl": True} if overlap else {}
+    tuning = default_tuning(layout)
+    schedule = allocate_schedule(layout, 4, 2 * group, tuning, torch.device("cpu"))
     state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
     config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
+    scratch = allocate_scratch(layout, 64, "cpu")
+    ops = TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap)
     batch = Batch(
         num_reqs=2,
         num_tokens=18,
@@ -85,15 +90,15 @@ def run_all(storage, head_dim, group, overlap):
         block_table=torch.ones(2, 1, dtype=torch.int32),
         query_start=torch.tensor([0, 1, 18], dtype=torch.int32),
         seq_lens=torch.tensor([9, 17], dtype=torch.int32),
-        scratch=allocate_scratch(layout, 64, "cpu"),
     )
     query = torch.zeros(18, 2 * group, head_dim, dtype=model_dtype)
     key, alpha = query[:, :2].contiguous(), torch.zeros(18, 2, dtype=model_dtype)
-    ops.store(state, batch, config, 0, key, key, alpha)
-    ops.prefill(state, batch, 0, query, key, key, query, 1.0)
-    ops.store_window(state, batch, 0, key, key)
-    ops.decode(state, batch, 0, query, query, 1.0)
-    ops.report(state, torch.zeros(state.num_states, 6, dtype=torch.int32))
+    ops.begin_step(batch)
+    ops.store(batch, 0, key, key, alpha)
+    ops.prefill(batch, 0, query, key, key, query)
+    ops.store_window(batch, 0, key, key)
+    ops.decode(batch, 0, query, query)
+    ops.report(torch.zeros(state.num_states, REPORT_WIDTH, dtype=torch.int32))
     weight = torch.zeros(2, head_dim, dtype=model_dtype)
     launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
 

@@ -14,7 +14,7 @@ from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.arena.spec import make_spec
 from vllm_dms.arena.storage import FP8Storage, ModelStorage
-from vllm_dms.backend.state import allocate_state
+from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
 from vllm_dms.core import stats
@@ -166,7 +166,8 @@ def test_updates_reach_the_device_state(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_reports_keep_their_own_step_while_later_ones_are_made(device):
     state = make_state(device)
-    reporter = Reporter(state, TorchOps())
+    scratch = allocate_scratch(state.layout, 1, device)
+    reporter = Reporter(state, TorchOps(state, scratch, make_config()[1], 1.0))
     reports = []
     for step in range(1, 20):
         state.live.fill_(step)

@@ -32,7 +32,7 @@ def make_layout(window, page_size=8, storage=PLAIN, heads=2, layers=1):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_attention_is_exact_for_any_chunking(window, shift, chunks):
     layout, config = make_layout(window), make_config(window, shift)
-    harness = Harness(TorchOps(), config, layout, num_seqs=3)
+    harness = Harness(TorchOps, config, layout, num_seqs=3)
     lengths = (1, 90, 133)
     seqs = [Sequence(n, layout, 2, [0.9, 0.5], seed=n) for n in lengths]
     feed(harness, seqs, chunks)
@@ -48,7 +48,7 @@ def test_attention_is_exact_for_any_chunking(window, shift, chunks):
 
 def test_without_eviction_every_token_stays():
     layout, config = make_layout(8), make_config(8, evict=False)
-    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    harness = Harness(TorchOps, config, layout, num_seqs=1)
     seq = Sequence(100, layout, 2, 0.9, seed=0)
     feed(harness, [seq], (33, 1))
     assert harness.state.live[1, 0].tolist() == [100, 100]
@@ -57,7 +57,7 @@ def test_without_eviction_every_token_stays():
 
 def test_fp8_stays_close_and_moves_without_a_second_rounding():
     layout, config = make_layout(8, storage=FP8Storage()), make_config(8)
-    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    harness = Harness(TorchOps, config, layout, num_seqs=1)
     seq = Sequence(120, layout, 2, 0.5, seed=0)
     # As stored: each value rounded once, at its own scale.
     for name in ("key", "value"):
@@ -70,7 +70,7 @@ def test_fp8_stays_close_and_moves_without_a_second_rounding():
 
 def test_the_report_bounds_what_the_next_tokens_take():
     layout, config = make_layout(4), make_config(4)
-    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    harness = Harness(TorchOps, config, layout, num_seqs=1)
     seq = Sequence(200, layout, 2, [0.9, 0.0], seed=3)
     harness.start(0)
     out = torch.zeros(harness.state.pages_used.shape[0], REPORT_HORIZON + 2, dtype=torch.int32)

@@ -1,6 +1,6 @@
 """One worker's DMS cache, shared by all layers: layout, device state, scratch, operations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,35 +54,43 @@ class Runtime:
     when vLLM hands over its KV allocation, and bound again if vLLM replaces it (profiling does).
     """
 
-    def __init__(self, vllm_config: VllmConfig, config: DMSConfig, device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: DMSConfig, device: torch.device, scale: float
+    ) -> None:
+        """``scale``: of the softmax, the same in all layers"""
         scheduler = vllm_config.scheduler_config
-        self.config = config
+        self.config, self.scale = config, scale
         self.layout = make_layout(vllm_config, config)
         self.side = allocate_side_state(self.layout, scheduler.max_num_seqs, device)
         self.scratch = allocate_scratch(self.layout, scheduler.max_num_batched_tokens, device)
-        self.ops = self._make_ops(vllm_config, device)
+        self._make_ops = self._plan_ops(vllm_config, device)
         logger.info_once(
             "DMS attention: %s kernels, in place of the attention backend that vLLM names",
             choose_ops(config, device),
         )
+        self.ops: Ops
         self.reporter: Reporter
         self._state: ArenaState | None = None
         self._storage_ptr = 0
 
-    def _make_ops(self, vllm_config: VllmConfig, device: torch.device) -> Ops:
+    def _plan_ops(
+        self, vllm_config: VllmConfig, device: torch.device
+    ) -> Callable[[ArenaState], Ops]:
+        """What makes the operations once there is an arena; their own tensors are made now."""
+        common = (self.scratch, self.config, self.scale)
         if choose_ops(self.config, device) == "torch":
-            return TorchOps()
+            return lambda state: TorchOps(state, *common)
         # Imported here: Triton is absent from CPU installations of vLLM.
-        from vllm_dms.backend.triton_ops import TritonOps
+        from vllm_dms.backend.kernels.schedule import allocate_schedule
+        from vllm_dms.backend.kernels.tuning import default_tuning
+        from vllm_dms.backend.triton_ops import TritonOps, can_overlap
 
-        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-        return TritonOps(
-            self.layout,
-            max_tokens=scheduler.max_num_batched_tokens,
-            max_num_seqs=scheduler.max_num_seqs,
-            num_query_heads=model.get_num_attention_heads(vllm_config.parallel_config),
-            device=device,
-        )
+        tuning = default_tuning(self.layout)
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        schedule = allocate_schedule(self.layout, max_num_seqs, heads, tuning, device)
+        own = (schedule, tuning, can_overlap(device))
+        return lambda state: TritonOps(state, *common, *own)
 
     @property
     def state(self) -> ArenaState:
@@ -96,6 +104,7 @@ class Runtime:
             return
         flat = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
         self._state = bind_state(flat, self.layout, self.side)
+        self.ops = self._make_ops(self._state)
         self.reporter = Reporter(self._state, self.ops)
         self._storage_ptr = storage.data_ptr()
 

@@ -59,7 +59,6 @@ class Batch:
     block_table: torch.Tensor  # int32 [num_reqs, *]: only column 0 is read
     query_start: torch.Tensor  # int32 [num_reqs + 1]
     seq_lens: torch.Tensor  # int32 [num_reqs]: tokens stored before this step + query tokens
-    scratch: Scratch
 
 
 def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device | str) -> Scratch:

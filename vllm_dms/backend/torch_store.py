@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dms.backend.state import ArenaState, Batch
+from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.backend.torch_pages import copy_slots, write_slots
 
 
@@ -60,7 +60,7 @@ def ring_and_chunk_verdicts(
 
 def append_survivors(
     state: ArenaState,
-    batch: Batch,
+    scratch: Scratch,
     req: Request,
     layer: int,
     verdicts: torch.Tensor,
@@ -93,7 +93,7 @@ def append_survivors(
     done = torch.arange(n, n + m, device=key.device) - size - first + 1
     total = torch.cat([torch.zeros_like(rank[:1]), rank]) if num_leaving else rank.new_zeros(1, 1)
     counts = survivors + total[done.clamp(0, num_leaving)]
-    batch.scratch.num_survivors[req.start : req.end] = counts.int()
+    scratch.num_survivors[req.start : req.end] = counts.int()
 
 
 def _allocate_pages(
@@ -111,7 +111,7 @@ def _allocate_pages(
 
 def write_ring(
     state: ArenaState,
-    batch: Batch,
+    scratch: Scratch,
     req: Request,
     layer: int,
     key: torch.Tensor,
@@ -122,7 +122,7 @@ def write_ring(
     start = max(req.start, req.end - size)
     offset = req.num_stored - req.start
     slots = torch.arange(start + offset, req.end + offset, device=key.device) % size
-    evict = batch.scratch.evict[start : req.end]
+    evict = scratch.evict[start : req.end]
     state.evict_ring[req.state_index, layer][:, slots] = evict.T
     heads = torch.arange(key.shape[1], device=key.device).repeat(len(slots))
     rows = slots.repeat_interleave(key.shape[1])

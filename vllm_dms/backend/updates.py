@@ -36,7 +36,7 @@ class Reporter:
     """Makes a step's `DMSReport` without waiting for the step."""
 
     def __init__(self, state: ArenaState, ops: Ops) -> None:
-        self._state, self._ops = state, ops
+        self._ops = ops
         device = state.live.device
         shape = (state.num_states, REPORT_WIDTH)
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -53,7 +53,7 @@ class Reporter:
 
     def report(self, meta: DMSStepMeta) -> DMSReport:
         """Must follow the step's forward pass on the stream."""
-        self._ops.report(self._state, self._on_device)
+        self._ops.report(self._on_device)
         if not self._events:
             result = DMSReport(meta.step_id, meta.states, self._on_device)
             result.usage  # noqa: B018 the tensor is overwritten in the next step

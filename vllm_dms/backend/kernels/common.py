@@ -123,7 +123,8 @@ def round_mantissa(x, BITS: tl.constexpr):
     Triton's interpreter truncates in the casts to bfloat16 and FP8."""
     bits = x.to(tl.int32, bitcast=True)
     bits = bits + ((1 << (BITS - 1)) - 1) + ((bits >> BITS) & 1)
-    return (bits & -(1 << BITS)).to(tl.float32, bitcast=True)
+    rounded = (bits & -(1 << BITS)).to(tl.float32, bitcast=True)
+    return tl.where(x != x, x, rounded)  # a carry may make anything of NaN
 
 
 @triton.jit

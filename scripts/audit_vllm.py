@@ -92,9 +92,9 @@ def override_changes(old: Plugin, new: Plugin) -> list[Change]:
     return changes
 
 
-def used_names(tree: SourceTree, source: ast.Module) -> Iterator[tuple[str, int]]:
+def used_names(tree: SourceTree, source: ast.Module, strings: bool) -> Iterator[tuple[str, int]]:
     """What a module takes from vLLM by name, and the line: imports, attributes of imported modules,
-    names in strings."""
+    and names in strings where ``strings``."""
     modules: dict[str, str] = {}
     for node in ast.walk(source):
         if isinstance(node, ast.Import):
@@ -109,7 +109,7 @@ def used_names(tree: SourceTree, source: ast.Module) -> Iterator[tuple[str, int]
                     yield f"{node.module}.{alias.name}", node.lineno
                 else:
                     yield f"{node.module}:{alias.name}", node.lineno
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = re.fullmatch(rf"({HOST}(?:\.\w+)+)(:\w+(\.\w+)*)?", node.value)
             if name and tree.file(name[1]):
                 yield node.value, node.lineno
@@ -121,11 +121,13 @@ def used_names(tree: SourceTree, source: ast.Module) -> Iterator[tuple[str, int]
             yield f"{owner}:{node.attr}", node.lineno
 
 
-def import_changes(old: SourceTree, new: SourceTree, files: Iterable[Path]) -> list[Change]:
+def import_changes(
+    old: SourceTree, new: SourceTree, files: Iterable[Path], strings: bool = True
+) -> list[Change]:
     found: dict[str, str] = {}
     for file in sorted(files):
         for tree in (old, new):  # one of them may lack a module
-            for name, line in used_names(tree, ast.parse(file.read_text())):
+            for name, line in used_names(tree, ast.parse(file.read_text()), strings):
                 found.setdefault(name, f"{file.relative_to(ROOT)}:{line}")
     return [compare(n, w, old.find(n), new.find(n)) for n, w in sorted(found.items())]
 
@@ -137,7 +139,7 @@ def audit(old: SourceTree, new: SourceTree) -> dict[str, list[Change]]:
         "required hooks": hook_changes(old, new),
         "overrides": override_changes(Plugin(old, GRAFTED), Plugin(new, GRAFTED)),
         "imports": import_changes(old, new, plugin),
-        "imports of tests and benchmarks": import_changes(old, new, others),
+        "imports of tests and benchmarks": import_changes(old, new, others, strings=False),
     }
 
 

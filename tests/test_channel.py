@@ -41,7 +41,7 @@ def plan(vllm_config, specs, memory):
     vllm_config.cache_config.kv_cache_layout = "BLHNC"
     try:
         from vllm.v1.core import kv_cache_planning as planning
-    except ModuleNotFoundError:  # vLLM 0.32
+    except ImportError:  # vLLM 0.32
         from vllm.v1.core import kv_cache_utils as planning
 
         (config,) = planning.get_kv_cache_configs(vllm_config, [specs], [memory])

@@ -132,7 +132,7 @@ def test_a_model_without_dms_is_refused_with_what_is_supported(checkpoint):
 @pytest.mark.parametrize(
     ("dialect", "drop", "add", "named"),
     [
-        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 4"),
+        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 6"),
         ("nvidia-borrowed", None, "model.layers.0.self_attn.dms_proj_alpha.weight", "dms_separate"),
     ],
     ids=["absent", "left over"],

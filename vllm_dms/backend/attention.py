@@ -45,8 +45,8 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
 
-    def __init__(self, *args: Any) -> None:  # abstract in the base class
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in the base class
+        super().__init__(*args, **kwargs)
 
     def build(
         self,

@@ -3,16 +3,20 @@ file knows the backend's insides."""
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
+from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.triton_ops import TritonOps, can_overlap
+from vllm_dms.backend.torch_pages import locate_slots
+from vllm_dms.backend.torch_store import list_pages
+from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
 HEADS, GROUP, HEAD_DIM, WINDOW, PAGE, BLOCK = 8, 4, 128, 512, 64, 16
@@ -102,15 +106,17 @@ class Arena:
             used = int(pages[b].sum())
             index = torch.randperm(used)
             ids = blocks[index // layout.pages_per_block] * layout.pages_per_block
-            ids = (ids + index % layout.pages_per_block).int()
-            table = torch.zeros(layout.num_rows, layout.max_pages_per_row, dtype=torch.int32)
-            table[torch.arange(table.shape[1]) < pages[b].flatten().unsqueeze(1)] = ids
-            state.page_table[b + 1] = table.view(self.num_layers, HEADS, -1)
+            ids = (ids + index % layout.pages_per_block).to(device)
+            rows = ids.split(pages[b].flatten().tolist())
+            for row, (layer, head) in zip(rows, np.ndindex(self.num_layers, HEADS), strict=True):
+                list_pages(state, b + 1, layer, head, 0, row)
             state.pages_used[b + 1] = used
         state.live[1:] = live.int()
         bits = torch.rand_like(state.evict_ring, dtype=torch.float32) >= KEEP
         state.evict_ring.copy_(bits)
-        self.saved_live, self.saved_used = state.live.clone(), state.pages_used.clone()
+        self.appended = (state.live, state.pages_used, state.leaves_used)
+        self.saved = [tensor.clone() for tensor in self.appended]
+        self.saved_live = self.saved[0]
 
     def _make_inputs(self, batch: int) -> None:
         tokens, device = batch * self.chunk, self.device
@@ -134,8 +140,8 @@ class Arena:
 
     def restore(self) -> None:
         """Take back what stores appended."""
-        self.state.live.copy_(self.saved_live)
-        self.state.pages_used.copy_(self.saved_used)
+        for tensor, before in zip(self.appended, self.saved, strict=True):
+            tensor.copy_(before)
 
     def store(self, layer: int) -> None:
         self.ops.store(self.batch, layer, self.key, self.value, self.alpha)
@@ -172,7 +178,7 @@ class Arena:
 
     def _after_store(self, ops: Ops, layer: int) -> list[torch.Tensor]:
         state, some = self.state, self._first_requests()
-        changed = (self.raw, state.live, state.pages_used, state.page_table, state.evict_ring)
+        changed = (self.raw, *self.appended, state.page_table, state.leaves, state.evict_ring)
         saved = [tensor.clone() for tensor in changed]
         ops.begin_step(some)
         ops.store(some, layer, self.key, self.value, self.alpha)
@@ -182,8 +188,8 @@ class Arena:
         for index in range(1, some.num_reqs + 1):
             for head in range(HEADS):
                 slot = torch.arange(int(state.live[index, layer, head]), device=self.device)
-                page = state.page_table[index, layer, head, slot // PAGE].long()
-                rows += [part[page, slot % PAGE].float() for part in state.pages]
+                where = locate_slots(state, index, layer, torch.full_like(slot, head), slot)
+                rows += [part[where].float() for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
         ops.begin_step(self.batch)

@@ -5,6 +5,7 @@ import torch
 from vllm_dms import reference
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
+from vllm_dms.backend.torch_pages import find_pages, locate_slots
 from vllm_dms.config import DMSConfig
 
 
@@ -68,7 +69,9 @@ class Harness:
         self.state = state = allocate_state(storage, layout, num_blocks, num_seqs)
         storage[layout.block_bytes :] = 0xFF  # NaN in every float format; block 0 is nobody's
         state.live[1:] = 12345
-        state.page_table[1:] = num_blocks * layout.pages_per_block - 1
+        state.page_table[1:, ..., : layout.leaf_size] = num_blocks * layout.pages_per_block - 1
+        state.page_table[1:, ..., layout.leaf_size :] = len(state.leaves) - 1
+        state.leaves[layout.leaves_per_block :] = num_blocks * layout.pages_per_block - 1
         state.evict_ring[1:] = 0xAA
         self.scratch = allocate_scratch(layout, max_tokens, device)
         self.scale = layout.head_dim**-0.5
@@ -80,7 +83,7 @@ class Harness:
         """Give request ``index`` (0-based) its state and all blocks it could need."""
         self.state.block_rows[index + 1] = self.rows[index]
         self.state.state_of_block[self.rows[index, 0].long()] = index + 1
-        self.state.pages_used[index + 1] = 0
+        self.state.pages_used[index + 1] = self.state.leaves_used[index + 1] = 0
 
     def step(self, work, layers=None, padding=0):
         """One step through all layers: ``work`` is a list of (request index, sequence, tokens).
@@ -149,7 +152,33 @@ def feed(harness, sequences, chunks):
 
 def gather_row(state, index, layer, head):
     """The live slots of a row as stored, wherever their pages are: K, V and their scales."""
-    size = state.layout.page_size
     slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
-    pages = state.page_table[index, layer, head][slots // size].long()
-    return [part.float()[pages, slots % size] for part in state.pages]
+    pages, offsets = locate_slots(state, index, layer, torch.full_like(slots, head), slots)
+    return [part.float()[pages, offsets] for part in state.pages]
+
+
+def assert_taken_from_own_blocks(harness, num_seqs):
+    """Every page of the first requests has one owner and lies in a block of its owner; so does
+    every leaf, and in a block whose pages are in use."""
+    state, layout = harness.state, harness.layout
+    pages_taken, leaves_taken = [], []
+    for index in range(1, num_seqs + 1):
+        blocks = harness.rows[index - 1].tolist()
+        pages, leaves = [], []
+        for layer in range(layout.num_layers):
+            for head in range(layout.num_kv_heads):
+                count = -(-int(state.live[index, layer, head]) // layout.page_size)
+                number = torch.arange(count, device=state.live.device)
+                heads = torch.full_like(number, head)
+                pages += find_pages(state, index, layer, heads, number).tolist()
+                listed = state.page_table[index, layer, head, layout.leaf_size :]
+                leaves += listed[: max(-(-count // layout.leaf_size) - 1, 0)].tolist()
+        assert {p // layout.pages_per_block for p in pages} <= set(blocks)
+        in_use = blocks[: -(-len(pages) // layout.pages_per_block)]
+        assert {leaf // layout.leaves_per_block for leaf in leaves} <= set(in_use)
+        assert int(state.pages_used[index]) == len(pages)
+        assert int(state.leaves_used[index]) == len(leaves) <= len(pages) // layout.leaf_size
+        pages_taken += pages
+        leaves_taken += leaves
+    assert len(pages_taken) == len(set(pages_taken))
+    assert len(leaves_taken) == len(set(leaves_taken))

@@ -1,11 +1,12 @@
 """Compile every kernel for a GPU, without one: `test_compile` runs this in a process of its own,
 because a process either interprets kernels or compiles them.
 
-    python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY
+    python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY PAGE_SIZE MAX_PAGES
 
-STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ... Prints one line of JSON: for
-each kernel the registers of a thread, the bytes of a thread's stack, where what does not fit in
-registers would go, and the bytes of a program's shared memory.
+STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row, which
+has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of a
+thread, the bytes of a thread's stack, where what does not fit in registers would go, and the bytes
+of a program's shared memory.
 """
 
 import json
@@ -64,23 +65,23 @@ def usage(kernel):
     return [*map(int, of_thread), kernel.metadata.shared]
 
 
-def run_all(storage, head_dim, group, overlap):
+def run_all(storage, head_dim, group, overlap, page_size, max_pages):
     model_dtype = torch.bfloat16 if storage == "fp8" else getattr(torch, storage)
     kind = storage if storage in STORAGES else "model"
     layout = ArenaLayout(
         num_layers=2,
         num_kv_heads=2,
         head_dim=head_dim,
-        window=64,
-        page_size=16,
+        window=4 * page_size,
+        page_size=page_size,
         block_size=16,
         storage=STORAGES[kind].for_model(model_dtype),
-        max_model_len=1024,
+        max_model_len=max_pages * page_size,
     )
     tuning = default_tuning(layout)
     schedule = allocate_schedule(layout, 4, 2 * group, tuning, torch.device("cpu"))
     state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
-    config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
+    config = DMSConfig("nvidia-borrowed", layout.window, 1.0, 0.0, shift=1)
     scratch = allocate_scratch(layout, 64, "cpu")
     ops = TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap)
     batch = Batch(
@@ -103,7 +104,8 @@ def run_all(storage, head_dim, group, overlap):
     launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
 
 
-def main(name, head_dim, group, capability):
+def main(name, *numbers):
+    head_dim, group, capability, page_size, max_pages = map(int, numbers)
     found = {}
 
     def compile_only(kernel, grid):
@@ -112,9 +114,9 @@ def main(name, head_dim, group, capability):
 
         return launch
 
-    driver.set_active(NoGPU(int(capability)))
+    driver.set_active(NoGPU(capability))
     JITFunction.__getitem__ = compile_only
-    run_all(name, int(head_dim), int(group), overlap=int(capability) >= 90)
+    run_all(name, head_dim, group, capability >= 90, page_size, max_pages)
     print(json.dumps(found))
 
 

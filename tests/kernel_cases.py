@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from arena_harness import Harness, Sequence, feed, gather_row, make_config
+from arena_harness import (
+    Harness,
+    Sequence,
+    assert_taken_from_own_blocks,
+    feed,
+    gather_row,
+    make_config,
+)
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import STORAGES
+from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 from vllm_dms.backend.state import Batch
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.triton_ops import TritonOps, can_overlap
+from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +61,7 @@ class Case:
     shift: int = 1
     evict: bool = True
     page: int = 8
+    leaf: int = 0  # 0: as large as the layout chooses
     chunks: tuple[int, ...] = (7, 1, 1)
     lengths: tuple[int, ...] = (1, 33, 52)
     rates: tuple[float, ...] = (0.9, 0.5)  # of heads: tokens evicted
@@ -71,6 +80,7 @@ class Case:
             block_size=2 * self.page,
             storage=STORAGES[self.storage].for_model(self.dtype),
             max_model_len=-(-max(self.lengths) // 16) * 16,
+            leaf_size=self.leaf,
         )
 
     def config(self) -> DMSConfig:
@@ -129,20 +139,15 @@ def assert_same_state(case: Case, found: Harness, plain: Harness) -> None:
     """The same slots in the same order, whatever pages they are in; nobody shares a page."""
     a, b = found.state, plain.state
     assert torch.equal(a.pages_used, b.pages_used) and torch.equal(a.live, b.live)
-    taken = []
     for index, length in enumerate(case.lengths, start=1):
         ring = torch.arange(max(0, length - case.window - 1), length) % (case.window + 1)
         assert torch.equal(a.evict_ring[index, :, :, ring], b.evict_ring[index, :, :, ring])
-        blocks = set(found.rows[index - 1].tolist())
         for layer in range(case.layers):
             for head in range(case.heads):
                 rows = (gather_row(s, index, layer, head) for s in (a, b))
                 assert all(equal(x, y) for x, y in zip(*rows, strict=True))
-                num_pages = -(-int(a.live[index, layer, head]) // case.page)
-                pages = a.page_table[index, layer, head, :num_pages].tolist()
-                assert {p // found.layout.pages_per_block for p in pages} <= blocks
-                taken += pages
-    assert len(taken) == len(set(taken)) == int(a.pages_used.sum())
+    for harness in (found, plain):
+        assert_taken_from_own_blocks(harness, len(case.lengths))
     assert_null_state_untouched(found)
 
 
@@ -153,10 +158,12 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def assert_null_state_untouched(harness: Harness) -> None:
     state, null_block = harness.state, slice(harness.layout.pages_per_block)
-    for tensor in (state.live, state.pages_used, state.page_table, state.evict_ring):
+    counters = (state.pages_used, state.leaves_used)
+    for tensor in (*counters, state.live, state.page_table, state.evict_ring):
         assert not tensor[0].any()
     for part in state.pages:
         assert not part[null_block].view(torch.uint8).any()
+    assert not state.leaves[: harness.layout.leaves_per_block].any()
 
 
 def null_batch(counts: tuple[int, ...], stored: tuple[int, ...]) -> Batch:

@@ -150,9 +150,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 def test_updates_reach_the_device_state(device):
     state = make_state(device)
-    state.pages_used.fill_(5)
+    counters = (state.pages_used, state.leaves_used)
+    for counter in counters:
+        counter.fill_(5)
     apply_updates(state, make_meta([1]))
-    assert state.pages_used.tolist() == [5] * 5
+    assert all(counter.tolist() == [5] * 5 for counter in counters)
     updates = [(2, 0, 9), (2, 1, 4), (3, 0, 11), (1, 2, 6)]
     apply_updates(state, make_meta([1, 2, 3], updates, [(2, 9), (3, 11)]))
     assert state.block_rows[2, :2].tolist() == [9, 4]
@@ -160,7 +162,7 @@ def test_updates_reach_the_device_state(device):
     assert state.block_rows.sum() == 30
     assert state.state_of_block[9] == 2 and state.state_of_block[11] == 3
     assert state.state_of_block.sum() == 5
-    assert state.pages_used.tolist() == [5, 5, 0, 0, 5]
+    assert all(counter.tolist() == [5, 5, 0, 0, 5] for counter in counters)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -37,6 +37,21 @@ def test_odd_shapes(dim, heads, group, page):
     check(replace(CASE, **shape, chunks=(20, 1, 1), lengths=(55, 34)))
 
 
+@pytest.mark.parametrize(
+    ("leaf", "page", "shape"),
+    [
+        (2, 8, {"chunks": (1,), "lengths": (45, 30)}),
+        (2, 8, {"chunks": (61, 1, 1), "lengths": (120, 77), "heads": 3, "rates": (0.0, 0.9, 0.3)}),
+        (1, 16, {"chunks": (50, 1, 33), "lengths": (140,), "rates": (0.1, 0.6)}),
+        (4, 8, {"chunks": (33, 1, 5), "lengths": (120,), "evict": False, "storage": "fp8"}),
+    ],
+    ids=str,
+)
+def test_rows_outgrow_their_page_tables(leaf, page, shape):
+    """Pages listed in leaves: of one page, of two, of many; with a tile's pages in one leaf."""
+    check(replace(CASE, leaf=leaf, page=page, window=7, **shape))
+
+
 def test_without_eviction_every_token_stays():
     check(replace(CASE, evict=False, layers=1, chunks=(30, 1), lengths=(70,)))
 

@@ -99,14 +99,31 @@ def append_survivors(
 def _allocate_pages(
     state: ArenaState, s: int, layer: int, old: torch.Tensor, new: torch.Tensor
 ) -> None:
-    """Extend each head's page table from ``old`` to ``new`` pages [H], lowest page first."""
+    """Extend each head's row from ``old`` to ``new`` pages [H], lowest page first."""
     per_block = state.layout.pages_per_block
     for head, (start, end) in enumerate(zip(old.tolist(), new.tolist(), strict=True)):
         used = int(state.pages_used[s])
         index = torch.arange(used, used + end - start, device=old.device)
         block = state.block_rows[s, index // per_block].long()
-        state.page_table[s, layer, head, start:end] = (block * per_block + index % per_block).int()
+        list_pages(state, s, layer, head, start, block * per_block + index % per_block)
         state.pages_used[s] += end - start
+
+
+def list_pages(
+    state: ArenaState, s: int, layer: int, head: int, start: int, pages: torch.Tensor
+) -> None:
+    """Make ``pages`` the row's pages from number ``start`` on; take the leaves that it needs."""
+    size, table = state.layout.leaf_size, state.page_table[s, layer, head]
+    own = pages[: max(size - start, 0)]
+    table[start : start + len(own)] = own.int()
+    for index in range(start + len(own), start + len(pages)):
+        if index % size == 0:
+            taken = int(state.leaves_used[s])
+            per_block = state.layout.leaves_per_block
+            block = state.block_rows[s, taken // per_block]
+            table[size - 1 + index // size] = block * per_block + taken % per_block
+            state.leaves_used[s] += 1
+        state.leaves[table[size - 1 + index // size].long(), index % size] = pages[index - start]
 
 
 def write_ring(

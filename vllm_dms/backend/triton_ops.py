@@ -9,9 +9,8 @@ import math
 import torch
 import triton
 
-from vllm_dms.arena.layout import ArenaLayout
-from vllm_dms.arena.storage import SCALE_DTYPE
-from vllm_dms.backend.kernels.common import BatchArgs, Geometry, StateArgs
+from vllm_dms.backend.kernels.arguments import check, make_geometry, make_state_args
+from vllm_dms.backend.kernels.common import BatchArgs, Geometry
 from vllm_dms.backend.kernels.decode import decode_kernel, merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
 from vllm_dms.backend.kernels.report import launch_report
@@ -31,59 +30,6 @@ SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
 PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
 
 
-def _check(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"{what} is {found}, but the kernels expect {expected}")
-
-
-def can_overlap(device: torch.device) -> bool:
-    """Whether the device has programmatic dependent launch."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def make_geometry(layout: ArenaLayout, max_num_seqs: int) -> Geometry:
-    storage, dim = layout.storage, layout.head_dim
-    _check("page_size, rounded up", triton.next_power_of_2(layout.page_size), layout.page_size)
-    return Geometry(
-        L=layout.num_layers,
-        H=layout.num_kv_heads,
-        D=dim,
-        # A tensor-core product sums over 16 channels at least.
-        D_PAD=max(16 * storage.num_products, triton.next_power_of_2(dim)),
-        P=layout.page_size,
-        R=layout.ring_size,
-        MAX_PAGES=layout.max_pages_per_row,
-        MAX_BLOCKS=layout.max_blocks_per_request,
-        PAGES_PER_BLOCK=layout.pages_per_block,
-        MAX_REQS=triton.next_power_of_2(max_num_seqs),
-        STORAGE=storage.name,
-        WIDTH=storage.width(dim),
-        PAGE=layout.page_bytes // storage.dtype.itemsize,
-        SCALES=storage.num_scales,
-        PAGE_SCALES=layout.page_bytes // SCALE_DTYPE.itemsize,
-    )
-
-
-def make_state_args(state: ArenaState, geo: Geometry) -> StateArgs:
-    pages = state.pages
-    _check("strides of the values", pages.k.stride(), (geo.PAGE, geo.WIDTH, 1))
-    if geo.SCALES:  # what is empty has no strides to speak of
-        found = pages.k_scales.stride()[:2]
-        _check("strides of the scales", found, (geo.PAGE_SCALES, 2 * geo.SCALES))
-    distance = pages.v.storage_offset() - pages.k.storage_offset()
-    _check("offset of V in a page", distance, geo.P * geo.WIDTH)
-    return StateArgs(
-        pages=pages.k,
-        scales=pages.k_scales,
-        state_of_block=state.state_of_block,
-        block_rows=state.block_rows,
-        pages_used=state.pages_used,
-        live=state.live,
-        page_table=state.page_table,
-        evict_ring=state.evict_ring,
-    )
-
-
 class TritonOps:
     """`ops.Ops` on a GPU."""
 
@@ -98,7 +44,7 @@ class TritonOps:
         overlap: bool,
     ) -> None:
         """``scale``: of the softmax; ``tuning``: that ``schedule`` was allocated with; ``overlap``:
-        whether a kernel starts up while the one before it runs out (see `can_overlap`)."""
+        whether a kernel starts up while the one before it runs out (`arguments.can_overlap`)."""
         layout = state.layout
         assert layout.window > 0
         self.state, self.scratch, self.schedule = state, scratch, schedule
@@ -114,7 +60,7 @@ class TritonOps:
 
     def _bind(self, config: DMSConfig, scale: float, overlap: bool) -> None:
         """What every launch passes on, made once."""
-        sizes = make_geometry(self.state.layout, self.max_num_seqs)
+        sizes = make_geometry(self.state.layout, self.max_num_seqs, self.tuning)
         self._state_args = make_state_args(self.state, sizes)
         self._geo = Geometry(*map(triton.language.constexpr, sizes))
         self._rule = (config.alpha_scale, config.alpha_offset, self._geo)
@@ -159,7 +105,7 @@ class TritonOps:
         self._check_step(batch)
         self._check_heads("key", key, self.heads)
         self._check_heads("value", value, self.heads)
-        _check("alpha's heads", alpha.shape[1], self.heads)
+        check("alpha's heads", alpha.shape[1], self.heads)
         state, batch_args, scratch = self._state_args, self._batch_args, self._scratch_args
         store_token_kernel[(batch.num_reqs,)](
             key, value, alpha, key.stride(0), value.stride(0), *alpha.stride(),
@@ -245,9 +191,9 @@ class TritonOps:
 
     def _check_heads(self, name: str, x: torch.Tensor, heads: int) -> None:
         """[T, heads, D] whose heads lie side by side."""
-        _check(f"shape of {name}", tuple(x.shape[1:]), (heads, self.head_dim))
-        _check(f"strides of {name}'s heads", x.stride()[1:], (self.head_dim, 1))
-        _check(f"device of {name}", x.device.type, self.device.type)
+        check(f"shape of {name}", tuple(x.shape[1:]), (heads, self.head_dim))
+        check(f"strides of {name}'s heads", x.stride()[1:], (self.head_dim, 1))
+        check(f"device of {name}", x.device.type, self.device.type)
 
     def _flat_grid(self, batch: Batch, block: int) -> tuple[int, int]:
         """Blocks of tokens as `find_request` counts them, times heads."""

@@ -30,6 +30,7 @@ def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
         states, blocks = packed[3 * num_rows :].view(2, num_starts).unbind()
         state.state_of_block.index_put_((blocks,), states)
         state.pages_used.index_fill_(0, states.long(), 0)
+        state.leaves_used.index_fill_(0, states.long(), 0)
 
 
 class Reporter:

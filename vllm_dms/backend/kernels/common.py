@@ -1,4 +1,4 @@
-"""What the kernels share: the state as they see it, requests, rows and their pages, decisions.
+"""What the kernels share: the state as they see it, requests, rows, launches, decisions.
 
 Names: T query tokens, H KV heads, G query heads per KV head, D channels, P slots per page, R ring
 slots (window + 1). A *row* is one (state, layer, head): the slots that one KV head attends to.
@@ -23,7 +23,11 @@ class Geometry(NamedTuple):
     D_PAD: Any  # D rounded up to a power of two
     P: Any
     R: Any
-    MAX_PAGES: Any  # page table entries of a row
+    MAX_PAGES: Any  # of a row
+    LEAF: Any  # pages that a row lists itself, and that each of its leaves lists
+    MAX_LEAVES: Any  # of a row
+    TABLE: Any  # page table entries of a row: LEAF pages, MAX_LEAVES leaves
+    LEAVES_PER_BLOCK: Any
     MAX_BLOCKS: Any  # block row entries of a state
     PAGES_PER_BLOCK: Any
     MAX_REQS: Any  # of a batch, rounded up to a power of two
@@ -42,8 +46,10 @@ class StateArgs(NamedTuple):
     state_of_block: Any
     block_rows: Any
     pages_used: Any
+    leaves_used: Any
     live: Any
     page_table: Any
+    leaves: Any
     evict_ring: Any
 
 
@@ -83,23 +89,6 @@ def find_request(batch, block, num_reqs, geo, BLOCK: tl.constexpr):
 @triton.jit
 def row_index(s, layer, h, geo):
     return (s.to(tl.int64) * geo.L + layer) * geo.H + h
-
-
-@triton.jit
-def page_of(state, geo, row, slot, mask):
-    """Page ids of slots of a row; 0 where masked."""
-    return tl.load(state.page_table + row * geo.MAX_PAGES + slot // geo.P, mask=mask, other=0)
-
-
-@triton.jit
-def tile_pages(state, row, tile, geo, BLOCK_N: tl.constexpr):
-    """The page of a tile of BLOCK_N slots, or the page of each of its slots. Any number, not to be
-    followed, where the row holds no such slots."""
-    if BLOCK_N <= geo.P:
-        return page_of(state, geo, row, tile * BLOCK_N, tile * BLOCK_N < geo.MAX_PAGES * geo.P)
-    else:
-        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        return page_of(state, geo, row, slot, slot < geo.MAX_PAGES * geo.P)
 
 
 @triton.jit

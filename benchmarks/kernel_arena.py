@@ -1,4 +1,5 @@
-"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens."""
+"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens. Only this
+file knows the backend's insides."""
 
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
 from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
-from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
+from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
@@ -68,12 +69,11 @@ class Arena:
         self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
         self._fill(batch, headroom)
         self._make_inputs(batch)
-        self.use(None)
-
-    def use(self, tuning: Tuning | None) -> None:
-        tuning, device = tuning or default_tuning(self.layout), torch.device(self.device)
-        schedule = allocate_schedule(self.layout, MAX_SEQS, HEADS * GROUP, tuning, device)
-        own = (schedule, tuning, can_overlap(device))
+        tuning = default_tuning(self.layout)
+        schedule = allocate_schedule(
+            self.layout, MAX_SEQS, HEADS * GROUP, tuning, torch.device(device)
+        )
+        own = (schedule, tuning, can_overlap(torch.device(device)))
         self.ops = TritonOps(self.state, self.scratch, self.config, SCALE, *own)
         self.plain = TorchOps(self.state, self.scratch, self.config, SCALE)
         self.ops.begin_step(self.batch)
@@ -155,30 +155,29 @@ class Arena:
     def store_window(self, layer: int) -> None:
         self.ops.store_window(self.batch, layer, self.key, self.value)
 
-    def decoded_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(kernel's, plain operations') output for up to 8 requests, after `decode`."""
-        return self._against_plain(min(8, self.batch.num_reqs), "decode", layer, self.query)
-
-    def prefilled_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._against_plain(
-            1, "prefill", layer, self.query, self.key.float(), self.value.float()
-        )
-
-    def _against_plain(
-        self, num_reqs: int, name: str, layer: int, query: torch.Tensor, *kv: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        some = self._first(num_reqs)
+    def attended_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kernel's, plain operations') output of some requests, after `decode` or `prefill`."""
+        some = self._first_requests()
         exact = torch.full(self.output.shape, float("nan"), device=self.device)
-        getattr(self.plain, name)(some, layer, query.float(), *kv, exact)
+        if self.chunk == 1:
+            self.plain.decode(some, layer, self.query.float(), exact)
+        else:
+            inputs = (x.float() for x in (self.query, self.key, self.value))
+            self.plain.prefill(some, layer, *inputs, exact)
         return self.output[: some.num_tokens], exact[: some.num_tokens]
 
-    def _first(self, num_reqs: int) -> Batch:
+    def _first_requests(self) -> Batch:
+        num_reqs = min(8, self.batch.num_reqs)
         return replace(self.batch, num_reqs=num_reqs, num_tokens=num_reqs * self.chunk)
 
-    def stored_rows(self, ops: Ops, layer: int) -> list[torch.Tensor]:
-        """All slots and decisions of the layer's rows of up to 8 requests, as ``ops`` would leave
+    def stored_rows(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All slots and decisions of some requests, as kernels and as plain operations would leave
         them: the state stays as it is."""
-        state, some = self.state, self._first(min(8, self.batch.num_reqs))
+        both = (self._after_store(ops, layer) for ops in (self.ops, self.plain))
+        return list(zip(*both, strict=True))
+
+    def _after_store(self, ops: Ops, layer: int) -> list[torch.Tensor]:
+        state, some = self.state, self._first_requests()
         changed = (self.raw, *self.appended, state.page_table, state.leaves, state.evict_ring)
         saved = [tensor.clone() for tensor in changed]
         ops.begin_step(some)
@@ -195,28 +194,3 @@ class Arena:
             tensor.copy_(before)
         ops.begin_step(self.batch)
         return rows
-
-    def bytes_moved(self, layer: int) -> dict[str, int]:
-        """By kernel, reading and writing everything once; after `store` of the layer."""
-        layout, num_reqs = self.layout, self.batch.num_reqs
-        token, slot = 2 * HEAD_DIM * self.key.element_size(), layout.slot_bytes
-        before, after = (min(n, layout.ring_size) for n in (self.stored, self.stored + self.chunk))
-        live, saved = (x[1 : num_reqs + 1, layer] for x in (self.state.live, self.saved_live))
-        survivors = int((live - saved).sum()) - (after - before) * HEADS * num_reqs
-        window = min(self.chunk, layout.ring_size) * HEADS * num_reqs * (token + slot)
-        if self.chunk == 1:
-            return {"store": window + survivors * 2 * slot}
-        chunk = self.batch.num_tokens * HEADS * token
-        queries = 2 * self.query.numel() * self.query.element_size()
-        return {
-            "store": survivors * (token + slot),
-            "store_window": window,
-            "prefill": queries + chunk + int(saved.sum()) * slot,
-        }
-
-    def visible_pairs(self) -> int:
-        """Keys that all query tokens of all KV heads see, after `store` of a chunk."""
-        window = torch.arange(self.stored, self.stored + self.chunk, device=self.device) + 1
-        window = window.clamp(max=self.layout.ring_size).repeat(self.batch.num_reqs)
-        survivors = self.scratch.num_survivors[: self.batch.num_tokens]
-        return int(survivors.sum()) + int(window.sum()) * HEADS

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 from byte_tokenizer import SPECIAL, byte_tokenizer
+from random_weights import random_weights
 from safetensors.torch import save_file
 
 from vllm_dms.config import DMSConfig
+from vllm_dms.models.families import family_of_architectures
 from vllm_dms.reference import ReferenceModel
 
 BYTES_END = len(SPECIAL) + 256  # token ids [3, 259) are the 256 bytes
 ALPHA_SCALE, ALPHA_OFFSET = 100.0, 5.0
 ALPHA_SPREAD = 0.3  # standard deviation of alpha; the threshold is offset / scale = 0.05
-ATTENTION_GAIN = 1.5  # rms of the entries of q and k
-LOGIT_GAIN = 2.5  # standard deviation of the output logits
 CALIBRATION_TOKENS = 768
 DEFAULT_ARCH = {
     "dense": "Qwen3ForCausalLM",
@@ -36,6 +36,12 @@ def random_tokens(count: int, seed: int) -> list[int]:
     """Token ids that the tokenizer can spell."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(SPECIAL), BYTES_END, (count,), generator=generator).tolist()
+
+
+def adapter_weights(num_layers: int) -> set[str]:
+    """Names of the tensors that an adapter without biases adds."""
+    suffixes = ("dms_proj_alpha.weight", "dms_proj_alpha_norm.weight")
+    return {f"model.layers.{i}.self_attn.{s}" for i in range(num_layers) for s in suffixes}
 
 
 def make_checkpoint(
@@ -86,12 +92,22 @@ def make_checkpoint(
         "pad_token_id": 0,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    config["model_type"] = "qwen3" if "Qwen3" in config["architectures"][0] else "llama"
+    family = family_of_architectures(config["architectures"])
+    config["model_type"] = family.model_type
+    if family.moe:
+        config |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": hidden,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     rule, metadata = _rule(dialect, window, evict_rate, alpha_per, disable_eviction)
     config |= rule | (extra_config or {})
 
     generator = torch.Generator().manual_seed(seed)
-    weights = _random_weights(config, dialect, dtype, generator)
+    weights = random_weights(config, family, dialect, dtype, generator)
     dms = DMSConfig.from_checkpoint(config, metadata)
     if dms is not None:
         rates = _head_rates(num_layers, num_kv_heads, evict_rate, heavy_tailed, generator)
@@ -133,57 +149,6 @@ def _head_rates(layers: int, heads: int, rate: float, heavy: bool, generator) ->
     return 1 - keep
 
 
-def _random_weights(config: dict, dialect: str, dtype: torch.dtype, generator) -> dict:
-    """fp32 tensors whose values are exact in dtype"""
-    hidden, d = config["hidden_size"], config["head_dim"]
-    inner, heads = config["intermediate_size"], config["num_attention_heads"]
-    kv_heads, qwen = config["num_key_value_heads"], config["model_type"] == "qwen3"
-    reserved = slice(0, 1 + config["num_hidden_layers"] * kv_heads)
-    if reserved.stop > hidden // 2:
-        raise ValueError(f"hidden {hidden} is too small for {reserved.stop} reserved channels")
-
-    def randn(rows: int, cols: int, gain: float) -> torch.Tensor:
-        return gain * torch.randn(rows, cols, generator=generator)
-
-    def spread_around(value: float, size: int) -> torch.Tensor:
-        return value * (0.8 + 0.4 * torch.rand(size, generator=generator))
-
-    # In Qwen3 the norms set the size of q and k; what comes before them must be different, so
-    # that reading alpha on the wrong side of q_norm shows.
-    qk_gain = (2.5 if qwen else ATTENTION_GAIN) / hidden**0.5
-    embed = randn(config["vocab_size"], hidden, 1.0)
-    embed[:, reserved] = torch.sign(embed[:, reserved])
-    embed[:, 0] = 2.0
-    weights = {
-        "model.embed_tokens.weight": embed,
-        "model.norm.weight": spread_around(1.0, hidden),
-        "lm_head.weight": randn(config["vocab_size"], hidden, LOGIT_GAIN / hidden**0.5),
-    }
-    for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}"
-        weights |= {
-            f"{p}.input_layernorm.weight": spread_around(1.0, hidden),
-            f"{p}.post_attention_layernorm.weight": spread_around(1.0, hidden),
-            f"{p}.self_attn.q_proj.weight": randn(heads * d, hidden, qk_gain),
-            f"{p}.self_attn.k_proj.weight": randn(kv_heads * d, hidden, qk_gain),
-            f"{p}.self_attn.v_proj.weight": randn(kv_heads * d, hidden, 2.0 / hidden**0.5),
-            f"{p}.self_attn.o_proj.weight": randn(hidden, heads * d, 1.5 / (heads * d) ** 0.5),
-            f"{p}.mlp.gate_proj.weight": randn(inner, hidden, 1 / hidden**0.5),
-            f"{p}.mlp.up_proj.weight": randn(inner, hidden, 1 / hidden**0.5),
-            f"{p}.mlp.down_proj.weight": randn(hidden, inner, 1 / inner**0.5),
-        }
-        weights[f"{p}.self_attn.o_proj.weight"][reserved] = 0
-        weights[f"{p}.mlp.down_proj.weight"][reserved] = 0
-        if qwen:
-            weights[f"{p}.self_attn.q_norm.weight"] = spread_around(ATTENTION_GAIN, d)
-            weights[f"{p}.self_attn.k_norm.weight"] = spread_around(ATTENTION_GAIN, d)
-        if dialect == "nvidia-adapter":
-            norm = spread_around(1.0, hidden)
-            weights[f"{p}.self_attn.dms_proj_alpha_norm.weight"] = norm
-            weights[f"{p}.self_attn.dms_proj_alpha.weight"] = torch.zeros(kv_heads, hidden)
-    return {name: w.to(dtype).float() for name, w in weights.items()}
-
-
 class _Probe(ReferenceModel):
     """Keeps what each layer's decision is computed from."""
 
@@ -210,14 +175,13 @@ def _calibrate(config, weights, dms, rates, min_margin, dtype, generator) -> Non
         probe.inputs = {}
         probe.forward(ids)
         features, size = _alpha_features(probe, layer, dms)
+        proj = f"{layer}.self_attn." + ("dms_proj_alpha" if dms.adapter else "q_proj")
         for head in range(heads):
             gate = 1 + i * heads + head if min_margin > 0 else None
-            row = _decision_row(features, size[head], rates[i, head].item(), gate, generator)
-            if dms.adapter:
-                weights[f"{layer}.self_attn.dms_proj_alpha.weight"][head] = row.to(dtype).float()
-            else:
-                last = (head * probe.group + 1) * probe.head_dim - 1
-                weights[f"{layer}.self_attn.q_proj.weight"][last] = row.to(dtype).float()
+            out = head if dms.adapter else (head * probe.group + 1) * probe.head_dim - 1
+            bias = weights[f"{proj}.bias"][out] if f"{proj}.bias" in weights else 0.0
+            row = _decision_row(features, size[head], bias, rates[i, head].item(), gate, generator)
+            weights[f"{proj}.weight"][out] = row.to(dtype).float()
     margin = ReferenceModel(config, weights, dms).forward(ids).decision_logits.abs().min().item()
     if margin < min_margin:
         raise ValueError(f"min_margin {min_margin} is out of reach: got {margin:.2f}")
@@ -237,24 +201,25 @@ def _alpha_features(probe: ReferenceModel, layer: str, dms: DMSConfig):
     return h, q.pow(2).mean(-1).sqrt() / probe.weights[f"{attn}.q_norm.weight"][-1]
 
 
-def _decision_row(features, size, rate: float, gate: int | None, generator) -> torch.Tensor:
-    """features (T, hidden), size (T) -> row (hidden) that evicts `rate` of the tokens."""
+def _decision_row(features, size, bias, rate: float, gate: int | None, generator) -> torch.Tensor:
+    """features (T, hidden), size (T), the projection's bias -> row (hidden) that evicts `rate` of
+    the tokens."""
     row = torch.randn(features.shape[1], generator=generator)
     row[: features.shape[1] // 2] = 0  # covers every reserved channel
     row *= ALPHA_SPREAD / (features @ row / size).std()
     if gate is not None:
         row *= 0.05
         row[gate] = ALPHA_SPREAD / (features[:, gate] / size).abs().mean()
-    # Evict iff features @ row + bias * features[:, 0] > threshold * size, solved for the bias.
-    bias = (ALPHA_OFFSET / ALPHA_SCALE * size - features @ row) / features[:, 0]
+    # Evict iff features @ row + first * features[:, 0] + bias > threshold * size, solved for first.
+    first = (ALPHA_OFFSET / ALPHA_SCALE * size - features @ row - bias) / features[:, 0]
     if gate is not None:
         evict = features[:, gate] > 0
-        row[0] = (bias[evict].max() + bias[~evict].min()) / 2
+        row[0] = (first[evict].max() + first[~evict].min()) / 2
         return row
     # In the first layer alpha depends on the token alone, so a quantile would be a token's exact
     # value: a tie. The middle of the widest gap nearby is clear of all of them.
-    start = max(0, int(len(bias) * (rate - 0.015)))
-    near = bias.sort().values[start:][: int(len(bias) * 0.03)]
+    start = max(0, int(len(first) * (rate - 0.015)))
+    near = first.sort().values[start:][: int(len(first) * 0.03)]
     widest = near.diff().argmax()
     row[0] = (near[widest] + near[widest + 1]) / 2
     return row

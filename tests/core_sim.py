@@ -4,6 +4,7 @@ import functools
 import json
 import tempfile
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.arena.storage import ModelStorage
 from vllm_dms.config import DMSConfig
-from vllm_dms.core.manager import check_integrity
+from vllm_dms.core.integrity import check_integrity
 
 MAX_MODEL_LEN = 256
 CHUNK = 48
@@ -57,7 +58,11 @@ def make_layout(**overrides) -> ArenaLayout:
 
 @functools.cache
 def make_config(
-    reserve_compression=1.0, chunk=CHUNK, max_model_len=MAX_MODEL_LEN, block_size=16
+    reserve_compression=1.0,
+    chunk=CHUNK,
+    max_model_len=MAX_MODEL_LEN,
+    block_size=16,
+    policy="fcfs",
 ) -> tuple[VllmConfig, DMSConfig]:
     plugin.register()
     config = DMSConfig(
@@ -83,6 +88,7 @@ def make_config(
                 max_model_len=max_model_len,
                 is_encoder_decoder=False,
                 async_scheduling=False,
+                policy=policy,
             ),
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=False),
             kv_transfer_config=KVTransferConfig(
@@ -100,7 +106,7 @@ class Engine:
 
     def __init__(self, vllm_config, config, num_blocks, lag=0, ranks=1, seed=0, layout=None):
         layout = layout or make_layout(max_model_len=vllm_config.model_config.max_model_len)
-        self.spec: DMSCacheSpec = make_spec(vllm_config, config, layout)
+        self.spec: DMSCacheSpec = replace(make_spec(vllm_config, config, layout), num_ranks=ranks)
         vllm_config.cache_config.num_gpu_blocks = num_blocks
         self.scheduler = (AsyncScheduler if lag else Scheduler)(
             vllm_config=vllm_config,
@@ -124,8 +130,9 @@ class Engine:
         self.num_preemptions = 0
         self.max_blocks_held = 0
 
-    def add(self, request_id, num_prompt, max_tokens, keep) -> Request:
-        """keep: share of past-window tokens that its rows keep."""
+    def add(self, request_id, num_prompt, max_tokens, keep, priority=0, turn=False) -> Request:
+        """keep: share of past-window tokens that its rows keep. turn: of a session with streaming
+        input, which goes on until `close`."""
         self.keep[request_id] = keep
         self.finished.pop(request_id, None)
         request = Request(
@@ -133,9 +140,16 @@ class Engine:
             prompt_token_ids=[1] * num_prompt,
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
+            priority=priority,
+            resumable=turn,
         )
         self.scheduler.add_request(request)
         return request
+
+    def close(self, request_id) -> None:
+        """No further turn: the session ends when it has nothing left to do."""
+        params = SamplingParams(max_tokens=1)
+        self.scheduler.add_request(Request(request_id, [1], params, None, resumable=False))
 
     def knows(self, request_id) -> bool:
         in_flight = any(
@@ -166,9 +180,9 @@ class Engine:
             for (state, _), blocks in held.items():
                 used = worker.blocks_used(state)
                 assert used == blocks[: len(used)], "a page outside of the blocks held"
-            for (state, incarnation), blocks in self._held().items():
-                if (state, incarnation) in held:
-                    assert len(worker.blocks_used(state)) <= len(blocks), "returned while in use"
+            for owner, blocks in self._held().items():
+                if owner in held:
+                    assert len(worker.blocks_used(owner[0])) <= len(blocks), "returned while in use"
         report = reports[0]
         for other in reports[1:]:
             report = report.aggregate(other)
@@ -204,19 +218,18 @@ class Engine:
         check_integrity(self.manager)
 
     def _held(self) -> dict[tuple[int, int], list[int]]:
-        """(state index, its incarnation) -> block ids, for requests that hold blocks."""
-        manager = self.manager
+        """(state index, its tenancy) -> block ids, for requests that hold blocks."""
+        ledger, blocks = self.manager.ledger, self.manager.req_to_blocks
+        states = {r: ledger.state_of(r) for r in ledger.requests}
         return {
-            (state, int(manager.ledger.incarnation[state])): [
-                b.block_id for b in manager.req_to_blocks[r]
-            ]
-            for r, state in manager.states.items()
+            (state, int(ledger.tenancy[state])): [b.block_id for b in blocks[r]]
+            for r, state in states.items()
         }
 
 
-def make_engine(reserve_compression=1.0, extra_blocks=0, **kwargs) -> Engine:
+def make_engine(reserve_compression=1.0, extra_blocks=0, policy="fcfs", **kwargs) -> Engine:
     """Over the smallest pool that vLLM's start-up check lets through, and some more."""
-    vllm_config, config = make_config(reserve_compression)
+    vllm_config, config = make_config(reserve_compression, policy=policy)
     spec = make_spec(vllm_config, config, make_layout())
     num_blocks = spec.max_blocks(MAX_MODEL_LEN) + 1 + extra_blocks
     return Engine(vllm_config, config, num_blocks, **kwargs)

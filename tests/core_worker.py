@@ -9,7 +9,7 @@ import torch
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.messages import DMSReport
-from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH
 
 
 class Worker:
@@ -45,7 +45,7 @@ class Worker:
             rates = np.where(keep >= 1, 1.0, rates)
             self.live[state] += self.rng.binomial(leaving, rates)
             self.live[state] += min(end, ring) - min(start, ring)
-        out = np.zeros((len(self.rows), REPORT_HORIZON + 2), dtype=np.int32)
+        out = np.zeros((len(self.rows), REPORT_WIDTH), dtype=np.int32)
         size = self.layout.page_size
         for state in meta.states:
             live = self.live[state]

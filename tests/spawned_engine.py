@@ -1,7 +1,8 @@
 """Run an engine in processes of its own: spawned_engine.py JSON OUT_FILE.
 
 JSON: {"model", "args", "prompts", "max_tokens"}.
-OUT_FILE: per prompt [token ids, [{token: logprob}]].
+OUT_FILE: {"answers": per prompt [token ids, [{token: logprob}]],
+           "metrics": {name: [value of each engine]}, those of DMS}.
 """
 
 import asyncio
@@ -10,7 +11,17 @@ import sys
 from pathlib import Path
 
 
-async def answer(job: dict) -> list:
+def metrics() -> dict[str, list[float]]:
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    values: dict[str, list[float]] = {}
+    for metric in get_metrics_snapshot():
+        if metric.name.startswith("vllm:dms_"):
+            values.setdefault(metric.name.removeprefix("vllm:dms_"), []).append(metric.value)
+    return values
+
+
+async def run(job: dict) -> dict:
     """All prompts at once, through the front end that `vllm serve` has."""
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -36,14 +47,15 @@ async def answer(job: dict) -> list:
         ]
 
     try:
-        return await asyncio.gather(*(one(i, ids) for i, ids in enumerate(job["prompts"])))
+        answers = await asyncio.gather(*(one(i, ids) for i, ids in enumerate(job["prompts"])))
+        return {"answers": answers, "metrics": metrics()}
     finally:
         engine.shutdown()
 
 
 def main():
     job = json.loads(sys.argv[1])
-    Path(sys.argv[2]).write_text(json.dumps(asyncio.run(answer(job))))
+    Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(job))))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 from core_sim import make_config, make_engine, make_layout
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from vllm_dms.arena import spec
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
-from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.arena.spec import make_spec
 from vllm_dms.arena.storage import FP8Storage, ModelStorage
 from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
 from vllm_dms.core import stats
-from vllm_dms.core.ledger import Growth
+from vllm_dms.core.ledger import Growth, Step
 
 LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 
@@ -36,6 +36,21 @@ def make_specs(storage=FLOAT32, reserve_compression=1.0):
 # The spec, as vLLM plans with it.
 
 
+def plan(vllm_config, specs, memory):
+    """vLLM's KV cache configuration for one worker with `memory` bytes."""
+    vllm_config.cache_config.kv_cache_layout = "BLHNC"
+    try:
+        from vllm.v1.core import kv_cache_planning as planning
+    except ImportError:  # vLLM 0.32
+        from vllm.v1.core import kv_cache_utils as planning
+
+        (config,) = planning.get_kv_cache_configs(vllm_config, [specs], [memory])
+    else:
+        groups = planning.get_global_kv_cache_groups(vllm_config, [specs])
+        (config,) = planning.get_kv_cache_configs(vllm_config, [specs], [memory], groups)
+    return config
+
+
 @pytest.mark.parametrize("storage", [FLOAT32, ModelStorage(torch.bfloat16), FP8Storage()], ids=str)
 def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(storage):
     from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -43,9 +58,7 @@ def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(storage):
     vllm_config, specs = make_specs(storage)
     layout = specs[LAYERS[0]].layout
     assert specs[LAYERS[0]].page_size_bytes * len(LAYERS) == layout.block_bytes
-    vllm_config.cache_config.kv_cache_layout = "BLHNC"
-    memory = 20 * layout.block_bytes + 5
-    (config,) = kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [memory])
+    config = plan(vllm_config, specs, 20 * layout.block_bytes + 5)
     (group,) = config.kv_cache_groups
     assert group.kv_cache_spec == specs[LAYERS[0]]
     assert config.num_blocks == 20
@@ -56,15 +69,22 @@ def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(storage):
 
 
 @pytest.mark.parametrize(("reserve_compression", "blocks"), [(1.0, 16), (4.0, 4 + 3)])
-def test_start_up_needs_a_dense_request_or_what_the_user_counts_on(reserve_compression, blocks):
+def test_start_up_needs_a_dense_request_or_what_the_user_counts_on(
+    reserve_compression, blocks, caplog, monkeypatch
+):
     # 256 tokens are 16 blocks of 16; a chunk of 48 is 3.
     vllm_config, specs = make_specs(reserve_compression=reserve_compression)
-    vllm_config.cache_config.kv_cache_layout = "BLHNC"
     size = specs[LAYERS[0]].layout.block_bytes
     null = 1
-    kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [(blocks + null) * size])
+    monkeypatch.setattr(spec.logger, "propagate", True)
+    caplog.clear()
+    plan(vllm_config, specs, (blocks + null) * size)
+    assert not [r for r in caplog.records if "too small" in r.getMessage()]
     with pytest.raises(ValueError, match="max seq len"):
-        kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [(blocks + null) * size - 1])
+        plan(vllm_config, specs, (blocks + null) * size - 1)
+    (record,) = [r for r in caplog.records if "too small" in r.getMessage()]
+    assert f"may need {blocks} blocks of {size} bytes" in record.getMessage()
+    assert f"reserve_compression {reserve_compression:g}: 16 blocks" in record.getMessage()
 
 
 def test_a_page_longer_than_a_block_widens_the_workers_block_table():
@@ -83,10 +103,16 @@ def make_report(rows, step_id=7) -> DMSReport:
     return DMSReport(step_id, np.arange(len(rows)), host)
 
 
-def test_a_report_of_several_ranks_is_the_worst_of_each():
+def test_of_several_ranks_the_fullest_counts_and_what_is_live_adds_up():
     merged = make_report([[1, 5], [2, 2]]).aggregate(make_report([[3, 4], [1, 9]]))
-    assert merged.rows.tolist() == [[3, 5], [2, 9]]
+    assert merged.usage.fullest.tolist() == [[3, 5], [2, 9]]
+    assert merged.usage.live.tolist() == [9, 11]
     assert merged.step_id == 7
+    again = merged.aggregate(make_report([[0, 6], [9, 0]]))
+    assert again.usage.fullest.tolist() == [[3, 6], [9, 9]] and again.usage.live.tolist() == [
+        15,
+        11,
+    ]
 
 
 def test_a_report_is_read_when_it_is_pickled():
@@ -94,7 +120,8 @@ def test_a_report_is_read_when_it_is_pickled():
     report = DMSReport(7, np.array([2, 0]), host)
     host.copy_(torch.tensor([[1, 2], [3, 4], [5, 6]]))
     copy = pickle.loads(pickle.dumps(report))
-    assert (copy.step_id, copy.rows.tolist()) == (7, [[5, 6], [1, 2]])
+    assert (copy.step_id, copy.usage.fullest.tolist()) == (7, [[5, 6], [1, 2]])
+    assert copy.usage.live.tolist() == [6, 2]
 
 
 # Device updates.
@@ -153,29 +180,49 @@ def test_reports_keep_their_own_step_while_later_ones_are_made(device):
         # P = 8: a row at `step` slots takes a page more within k tokens if k > -step mod 8.
         need = [rows * (-(-(step + k) // 8) - -(-step // 8)) for k in range(1, REPORT_HORIZON + 1)]
         assert report.step_id == step
-        assert report.rows.tolist() == [[10 * step, *need, rows * step]] * 2
+        assert report.usage.fullest.tolist() == [[10 * step, *need, rows * step]] * 2
 
 
 # Statistics.
 
 
-def test_the_client_is_told_live_and_dense_tokens():
-    engine = make_engine(1.0)
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_the_client_is_told_live_and_dense_tokens_of_all_that_was_stored(lag):
+    engine = make_engine(1.0, lag=lag)
     engine.add("kept", 100, 20, keep=1.0)
     engine.add("evicted", 100, 20, keep=0.0)
     engine.add("short", 5, 1, keep=1.0)
     engine.drain()
-    # The last of 20 tokens is never stored, and the report of the step that made it is to come.
+    # The last of the tokens is never stored.
     assert engine.params["kept"]["dms"] == {
-        "live_tokens": 118.0, "dense_tokens": 118, "compression": 1.0, "blocks": 8,
+        "live_tokens": 119.0, "dense_tokens": 119, "compression": 1.0, "blocks": 8,
     }  # fmt: skip
     assert engine.params["evicted"]["dms"]["live_tokens"] == 16.0  # W + 1
-    assert engine.params["evicted"]["dms"]["compression"] == pytest.approx(118 / 16, abs=0.001)
-    assert engine.params["short"]["dms"] is None  # ended before its first report
+    assert engine.params["evicted"]["dms"]["compression"] == pytest.approx(119 / 16, abs=0.001)
+    assert engine.params["short"]["dms"]["dense_tokens"] == 5
+
+
+def test_statistics_of_several_ranks_are_means_over_all_their_rows():
+    engine = make_engine(1.0, ranks=2)
+    evict_all = engine.workers[1]
+    run = evict_all.run
+    evict_all.run = lambda meta, num_tokens, keep: run(meta, num_tokens, [0.0 for _ in keep])
+    engine.add("a", 48, 2, keep=1.0)
+    engine.step()  # one rank keeps 48 tokens in each of its rows, the other W + 1 = 16
+    ledger = engine.manager.ledger
+    assert ledger.live[1] / ledger.all_rows == 32
+    assert ledger.fullest[1] / ledger.num_rows == 48
+    stats = engine.connector.stats
+    assert (stats.eligible_tokens, stats.evicted_tokens) == (32, 16)
+    assert "live compression 1.50x" in stats.line()
+    assert engine.manager.live_fraction.value == 1.0  # blocks follow the fullest rank
+    engine.drain()
+    assert engine.params["a"]["dms"]["live_tokens"] == 32.5
 
 
 def test_the_line_states_live_compression_and_blocks():
     engine = make_engine(1.0)
+    assert "no running requests, 0/16 blocks" in engine.connector.stats.line()
     engine.add("a", 150, 50, keep=0.0)
     for _ in range(8):
         engine.step()
@@ -185,6 +232,12 @@ def test_the_line_states_live_compression_and_blocks():
     assert f"live compression {tokens / 16:.2f}x over 1 running requests" in line
     assert f"{held}/16 blocks held, {engine.manager.returned_blocks} returned" in line
     assert f"{tokens - 16} of {tokens - 16} past-window tokens evicted" in line
+    engine.drain()
+    assert "no running requests, 0/16 blocks" in engine.connector.stats.line()
+
+
+NO_STEP = Step(0, (), *[np.zeros(0)] * 3)
+NO_USAGE = Usage.of_rank(np.zeros((0, REPORT_WIDTH)))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +250,7 @@ def test_a_warning_if_nothing_was_evicted(caplog, monkeypatch, evict, kept, warn
     rows = manager.ledger.num_rows
     with caplog.at_level(logging.WARNING, logger=stats.logger.name):
         for _ in range(3):
-            counters.add(Growth(eligible=5000 * rows, kept=kept * rows))
+            counters.add(NO_STEP, NO_USAGE, Growth(5000, kept * rows, kept * rows))
     found = [r for r in caplog.records if "nothing is compressed" in r.getMessage()]
     assert len(found) == (1 if warns else 0)
 
@@ -209,5 +262,5 @@ def test_the_line_is_logged_at_its_interval(caplog, monkeypatch):
     counters = stats.Stats(make_engine(1.0).manager, True, log_interval=10.0)
     with caplog.at_level(logging.INFO, logger=stats.logger.name):
         for now in (105.0, 111.0, 112.0, 121.5):  # noqa: B007 read by the clock above
-            counters.add(Growth(0, 0))
-    assert sum("live compression" in r.getMessage() for r in caplog.records) == 2
+            counters.add(NO_STEP, NO_USAGE, Growth(0, 0, 0))
+    assert sum("running requests" in r.getMessage() for r in caplog.records) == 2

@@ -7,7 +7,9 @@ import math
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from vllm_dms.config import OVERRIDES, DMSConfig, weight_suffixes
+from vllm_dms import config
+from vllm_dms.config import OVERRIDES, DMSConfig
+from vllm_dms.models.families import FAMILIES
 
 NVIDIA = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -26,15 +28,27 @@ RUN_TIME = {
 }
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 FASTDMS = {"window_size": 256, "alpha_scale": 100.0, "alpha_offset": 5.0}
+NVIDIA_RULE = {key: NVIDIA[key] for key in NVIDIA if key != "architectures"}
+IN_CONFIG = {"dms_window_size": 256, "dms_alpha_scale": 100.0, "dms_alpha_offset": 5.0, "dms_cr": 8}
+SCHEMA_1 = {
+    "schema_version": 1,
+    "decision_source": "borrowed_query_channel_v1",
+    "borrowed_query_channel": 63,
+    "zero_borrowed_query_channel": True,
+    "model_family": "llama",
+    "num_layers": 16,
+    "trained_checkpoint": True,
+}
+SCHEMA_2 = {"schema_version": 2, "decision_source": "external_linear_sidecar_v1", "sidecar": {}}
 FASTDMS_DOC = {"target_cr": 8, "context_len": 8192, "compression_mode": "dms"}
 
 BORROWED = DMSConfig("nvidia-borrowed", 512, 100.0, 5.0, shift=1)
 ADAPTER = dataclasses.replace(BORROWED, dialect="nvidia-adapter")
-UNSHIFTED = DMSConfig("fastdms", 256, 100.0, 5.0, shift=0)
+UNSHIFTED = DMSConfig("fastdms", 256, 100.0, 5.0, shift=0, zero="before")
 
 
-def changed(config, **fields):
-    return dataclasses.replace(config, **fields)
+def changed(rule, **fields):
+    return dataclasses.replace(rule, **fields)
 
 
 ACCEPTED = {
@@ -64,6 +78,54 @@ ACCEPTED = {
     "fastdms, metadata under dms": (LLAMA, {"dms": FASTDMS}, UNSHIFTED),
     "fastdms, in config.json": (LLAMA | FASTDMS, None, UNSHIFTED),
     "fastdms, in config.json under dms": (LLAMA | {"dms": FASTDMS}, None, UNSHIFTED),
+    **{
+        f"an export of {family.name} without {what}": (
+            NVIDIA | {"architectures": names, "model_type": family.model_type},
+            None,
+            BORROWED,
+        )
+        for family in FAMILIES
+        for what, names in [
+            ("architectures", None),
+            ("any", []),
+            ("a head", [family.architecture.replace("ForCausalLM", "Model")]),
+        ]
+    },
+    "fastdms, in both places": (LLAMA | IN_CONFIG, FASTDMS, changed(UNSHIFTED, nominal_ratio=8)),
+    "fastdms, nvidia's names in config.json": (
+        LLAMA | NVIDIA_RULE | {"dms_window_size": 256},
+        FASTDMS | FASTDMS_DOC | {"target_cr": 4},
+        changed(UNSHIFTED, nominal_ratio=4),
+    ),
+    "fastdms, by its own key in config.json": (
+        LLAMA | IN_CONFIG,
+        None,
+        changed(UNSHIFTED, nominal_ratio=8),
+    ),
+    "fastdms, nvidia's names in the metadata": (
+        LLAMA,
+        NVIDIA_RULE | {"dms_cr": 8},
+        changed(UNSHIFTED, window=512, nominal_ratio=8),
+    ),
+    "fastdms, only a ratio in the metadata": (
+        LLAMA,
+        {"target_cr": 8},
+        changed(UNSHIFTED, nominal_ratio=8),
+    ),
+    "fastdms, its trainer's log": (
+        LLAMA,
+        {
+            "config": FASTDMS | {"model": "x", "zeroing_steps": 2000, "lr": 1e-5},
+            "log": [{"step": 1}],
+        },
+        UNSHIFTED,
+    ),
+    "fastdms, schema 1": (LLAMA | {"head_dim": 64}, FASTDMS | SCHEMA_1, UNSHIFTED),
+    "fastdms, channel not zeroed": (
+        LLAMA,
+        FASTDMS | {"zero_borrowed_query_channel": False},
+        changed(UNSHIFTED, zero="never"),
+    ),
     "plain qwen3": ({"architectures": ["Qwen3ForCausalLM"]}, None, None),
     "plain model of any kind": ({"architectures": ["WhisperModel"]}, None, None),
     "another model's window_size": (LLAMA | {"window_size": 7}, None, None),
@@ -73,8 +135,8 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_checkpoint_files_are_read_as(case):
-    config, metadata, expected = ACCEPTED[case]
-    assert DMSConfig.from_checkpoint(config, metadata) == expected
+    files, metadata, expected = ACCEPTED[case]
+    assert DMSConfig.from_checkpoint(files, metadata) == expected
 
 
 def without(mapping, key):
@@ -91,10 +153,55 @@ REFUSED = {
             ("dms_initial_alpha_offset", '"alpha_offset"'),
         ]
     },
+    "an architecture without a row": (
+        NVIDIA | {"architectures": ["Qwen3ForSequenceClassification"], "model_type": "qwen3"},
+        None,
+        None,
+        ["Qwen3ForSequenceClassification", "--hf-overrides"],
+    ),
+    "a model_type without a row": (
+        NVIDIA | {"architectures": None, "model_type": "gemma"},
+        None,
+        None,
+        ["gemma", "--hf-overrides"],
+    ),
     **{
-        f"fastdms without {key}": (LLAMA, without(FASTDMS, key), None, [key, "dms_metadata.json"])
+        f"fastdms, places that disagree on {key}": (
+            LLAMA | IN_CONFIG | {f"dms_{key}": 17.0 if key != "window_size" else 17},
+            FASTDMS,
+            None,
+            [f"dms_metadata.json: {key} is {FASTDMS[key]}", f"config.json: dms_{key} is 17"],
+        )
         for key in FASTDMS
     },
+    "fastdms and an adapter": (
+        LLAMA | IN_CONFIG | {"dms_separate_alpha": True},
+        FASTDMS,
+        None,
+        ["dms_separate_alpha", "dms_metadata.json"],
+    ),
+    "fastdms's keys for qwen3": (NVIDIA | IN_CONFIG, None, None, ["unknown", "dms_alpha_offset"]),
+    "schema 2": (LLAMA, FASTDMS | SCHEMA_2, None, ["schema_version is 2"]),
+    "schema 2 around a section": (
+        LLAMA,
+        {"dms": FASTDMS} | SCHEMA_2,
+        None,
+        ["schema_version is 2"],
+    ),
+    "another source": (
+        LLAMA,
+        FASTDMS | without(SCHEMA_2, "schema_version"),
+        None,
+        ["decision_source is 'external_linear_sidecar_v1'", "borrowed_query_channel_v1"],
+    ),
+    "another channel": (LLAMA, FASTDMS | {"borrowed_query_channel": 5}, None, ["channel is 5"]),
+    "unknown metadata key": (LLAMA, FASTDMS | {"evict_every": 2}, None, ["evict_every"]),
+    "zero for an adapter": (
+        NVIDIA | {"dms_separate_alpha": True},
+        None,
+        {"zero": "never"},
+        ['"zero"', "adapter"],
+    ),
     **{
         f"{key} is {value!r}": (NVIDIA | {key: value}, None, None, [key, repr(value)])
         for key, value in [
@@ -134,7 +241,7 @@ REFUSED = {
         ["GemmaForCausalLM", "Supported DMS checkpoints"],
     ),
     "two formats at once": (NVIDIA, FASTDMS, None, ["dms_window_size", "dms_metadata.json"]),
-    "empty metadata": (LLAMA, {}, None, ["dms_metadata.json", "window_size"]),
+    "empty metadata": (LLAMA, {}, None, ["dms_metadata.json", "window_size", "none"]),
     "metadata is a list": (LLAMA, [], None, ["dms_metadata.json", "JSON object"]),
     "unknown override": (NVIDIA, None, {"windoww": 5}, ["windoww", *OVERRIDES]),
     "overrides are no object": (NVIDIA, None, True, ["--additional-config", "JSON object"]),
@@ -148,6 +255,8 @@ REFUSED = {
             ("evict", "no"),
             ("evict", 0),
             ("alpha_per", "query"),
+            ("zero", "after"),
+            ("zero", False),
             ("kernels", "cuda"),
             ("page_size", 12),
             ("page_size", 4),
@@ -175,6 +284,7 @@ def test_odd_checkpoints_and_settings_are_refused_by_name(case):
     [
         {"window": 32, "alpha_scale": 2, "alpha_offset": -1.5, "shift": 0},
         {"evict": False, "alpha_per": "layer", "nominal_ratio": None},
+        {"zero": "before"},
         {"reserve_compression": 4, "page_size": 64, "kernels": "torch", "log_interval": 0},
     ],
 )
@@ -222,12 +332,12 @@ def test_a_config_is_checked_however_it_is_made_and_cannot_be_changed():
         BORROWED.window = 3
 
 
-def test_only_the_adapter_has_weights_of_its_own():
-    assert weight_suffixes(BORROWED) == weight_suffixes(UNSHIFTED) == ((), ())
-    required, optional = weight_suffixes(ADAPTER)
-    assert required == (
-        "self_attn.dms_proj_alpha.weight",
-        "self_attn.dms_proj_alpha_norm.weight",
-    )
-    assert optional == ("self_attn.dms_proj_alpha.bias",)
-    assert ADAPTER.adapter and not BORROWED.adapter and not UNSHIFTED.adapter
+def test_values_that_fastdms_would_assume_are_taken_with_a_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *args: warnings.append(text % args))
+    config._warn_of_default.cache_clear()
+    for _ in range(2):
+        read = DMSConfig.from_checkpoint(LLAMA, {"window_size": 64, "alpha_scale": 50.0})
+    assert read == changed(UNSHIFTED, window=64, alpha_scale=50.0)
+    (text,) = warnings
+    assert "dms_metadata.json" in text and "alpha_offset" in text and "5.0" in text

@@ -1,6 +1,6 @@
 """Laws of the scheduler's side: blocks follow survivors, and nobody uses what it does not hold."""
 
-from collections import deque
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
 from vllm_dms.arena.layout import choose_page_size
-from vllm_dms.core.ledger import Growth, Step
-from vllm_dms.core.manager import check_integrity
+from vllm_dms.arena.messages import DMSReport
+from vllm_dms.arena.report import Usage
+from vllm_dms.core.integrity import check_integrity
+from vllm_dms.core.ledger import Growth, Ledger
+from vllm_dms.core.mailbox import Mailbox
+from vllm_dms.core.sessions import Sessions
 from vllm_dms.core.shortage import Shortage, Shortages
+
+
+def report(step_id, *rows) -> DMSReport:
+    return DMSReport._of_usage(step_id, Usage.of_rank(np.array(rows)))
+
 
 # Prompts of up to four chunks; answers long enough for several pages of survivors.
 arrival = st.tuples(
@@ -21,11 +30,18 @@ arrival = st.tuples(
     st.integers(1, 60),
     st.sampled_from([0.0, 0.1, 0.4, 1.0]),
 )
+# Turns of up to three sessions with streaming input; five turns are within max_model_len.
+turn = st.tuples(
+    st.just("turn"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 8),
+    st.sampled_from([0.1, 1.0]),
+)  # fmt: skip
 command = st.one_of(
     arrival,
+    turn,
     st.tuples(st.just("step"), st.integers(1, 12)),
     st.tuples(st.just("abort"), st.integers(0, 7)),
     st.tuples(st.just("reset")),
+    st.tuples(st.just("close"), st.integers(0, 2)),
 )
 commands = st.tuples(
     st.lists(arrival, min_size=2, max_size=6), st.lists(command, min_size=5, max_size=30)
@@ -43,20 +59,29 @@ commands = st.tuples(
     ranks=st.integers(1, 2),
     extra_blocks=st.integers(0, 12),
     ratio=st.sampled_from([1.0, 4.0]),
+    policy=st.sampled_from(["fcfs", "priority"]),
     seed=st.integers(0, 100),
 )
 def test_no_page_beyond_the_blocks_held_and_everything_returned(
-    commands, lag, ranks, extra_blocks, ratio, seed
+    commands, lag, ranks, extra_blocks, ratio, policy, seed
 ):
-    engine = make_engine(ratio, extra_blocks, lag=lag, ranks=ranks, seed=seed)
-    added = []
+    engine = make_engine(ratio, extra_blocks, lag=lag, ranks=ranks, seed=seed, policy=policy)
+    added, turns = [], Counter()
     for command, *args in commands:
         if command == "add":
             # Ids are used again, but not while a step has them: vLLM itself forbids that.
             request_id = f"r{len(added) % 8}"
             if not engine.knows(request_id):
-                engine.add(request_id, *args)
+                engine.add(request_id, *args, priority=len(added) * 7 % 3)
             added.append(request_id)
+        elif command == "turn":
+            request_id, *rest = f"s{args[0]}", *args[1:]
+            is_open = request_id in engine.scheduler.requests
+            if turns[request_id] < 5 and (is_open or not engine.knows(request_id)):
+                engine.add(request_id, *rest, turn=True)
+                turns[request_id] += 1
+        elif command == "close" and f"s{args[0]}" in engine.scheduler.requests:
+            engine.close(f"s{args[0]}")
         elif command == "step":
             for _ in range(args[0]):
                 if engine.scheduler.has_unfinished_requests():
@@ -65,15 +90,18 @@ def test_no_page_beyond_the_blocks_held_and_everything_returned(
             request_id = added[args[0] % len(added)]
             engine.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             engine.check()
-        elif command == "reset":
-            shortages = engine.manager.shortages
-            if shortages.condemned or shortages.quarantine:
-                continue  # it insists on all blocks, but that of a failed request comes back later
+        # While a session is open vLLM may refuse: it can't take the blocks of idle ones.
+        elif command == "reset" and not any(engine.knows(f"s{i}") for i in range(3)):
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
             engine.check()
+    engine.drain()  # idle sessions stop nobody
+    for request_id in turns:
+        if engine.knows(request_id):
+            engine.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
     engine.drain()
     assert engine.manager.block_pool.get_num_free_blocks() == engine.manager.num_usable_blocks
-    assert not engine.manager.states and not engine.manager.in_flight
+    assert not engine.manager.ledger.requests and not engine.manager.mailbox.in_flight
+    assert not engine.manager.sessions and not engine.scheduler.requests
     if ratio == 1.0:
         assert "error" not in engine.finished.values()
 
@@ -101,35 +129,40 @@ def test_the_block_that_names_a_failed_request_is_not_given_to_another():
     first = manager.req_to_blocks["dense"][0].block_id
     step_id = manager.close_step(["dense"]).step_id
     # 48 slots in each of 4 rows are 24 pages of 8; all are kept.
-    manager.merge(step_id, np.array([[24, 4, 4, 4, 4, 4 * 48]]))
+    manager.merge(report(step_id, [24, 4, 4, 4, 4, 4 * 48]))
     assert manager.get_num_blocks_to_allocate("dense", 200, [], 48, 48, 200) > 7
     assert manager.should_wait()
     assert manager.close_step([]).fail_blocks == {first}
     assert manager.should_wait() and not manager.close_step([]).fail_blocks  # told once
     manager.free("dense")
     check_integrity(manager)
-    free = manager.block_pool.get_new_blocks(manager.block_pool.get_num_free_blocks())
-    assert len(free) == 6 and first not in [block.block_id for block in free]
+    assert manager.block_pool.get_num_free_blocks() == 7  # free, but for nobody yet
+    manager.new_step_starts()
+    assert manager.get_num_blocks_to_allocate("six", 96, [], 0, 0, 96) == 7
+    assert manager.get_num_blocks_to_allocate("seven", 112, [], 0, 0, 112) == 8
+    manager.allocate_new_blocks("six", 96, 96)
+    assert first not in [block.block_id for block in manager.req_to_blocks["six"]]
+    check_integrity(manager)
     manager.forget_failed({first})
-    assert manager.block_pool.get_num_free_blocks() == 1
+    assert manager.get_num_blocks_to_allocate("one", 16, [], 0, 0, 16) == 1
+    manager.allocate_new_blocks("one", 16, 16)
+    assert first == manager.req_to_blocks["one"][0].block_id
 
 
 def test_waiting_for_reports_ends_with_those_in_flight_at_its_start():
-    class Ledger:
-        def recoverable(self):
-            return 100
-
-    def step(step_id):
-        return Step(step_id, *[np.zeros(0)] * 3)
-
-    in_flight = deque([step(1), step(2)])
-    shortages = Shortages(Ledger(), in_flight, reserve_compression=1.0)
-    shortages.note(Shortage("a", state=1, first_block=5, needed=4, missing=2))
+    ledger, mailbox = Ledger(make_layout(), 2), Mailbox()
+    state = ledger.start("a")
+    ledger.scheduled_end[state] = 300
+    ledger.grow(state, 100, 300)
+    mailbox.post(ledger.make_step(1, ("a",)))
+    mailbox.post(ledger.make_step(2, ("a",)))
+    shortages = Shortages(ledger, mailbox, Sessions(ledger), {}, reserve_compression=1.0)
+    shortages.note(Shortage("a", needed=4, missing=2))
     waits = []
     for step_id in (3, 4, 5):
         waits.append(shortages.should_wait(num_usable_blocks=10))
-        in_flight.popleft()
-        in_flight.append(step(step_id))
+        mailbox.receive(step_id - 2)
+        mailbox.post(ledger.make_step(step_id, ("a",)))
     assert waits == [True, True, False]
     shortages.resolved("a")
     assert shortages.should_wait(num_usable_blocks=10)
@@ -145,7 +178,7 @@ def test_a_request_that_a_report_made_fit_may_wait_anew():
     assert manager.get_num_blocks_to_allocate("b", 80, [], 48, 48, 80) == 2
     assert manager.should_wait() and "b" in manager.shortages._waits
     # Little was kept: the blocks that "b" has suffice now.
-    manager.merge(chunks, np.array([[12, 4, 4, 4, 4, 4 * 20], [8, 4, 4, 4, 4, 4 * 16]]))
+    manager.merge(report(chunks, [12, 4, 4, 4, 4, 4 * 20], [8, 4, 4, 4, 4, 4 * 16]))
     assert manager.get_num_blocks_to_allocate("b", 50, [], 48, 48, 50) == 0
     assert manager.allocate_new_blocks("b", 50, 50) == []
     assert "b" not in manager.shortages._waits
@@ -155,7 +188,7 @@ def test_a_request_that_a_report_made_fit_may_wait_anew():
 def test_nobody_is_preempted_when_a_report_in_flight_brings_the_blocks():
     # Four chunks of 48 tokens in flight hold 12 of the 16 blocks until the first report.
     engine = make_engine(1.0, lag=3)
-    engine.manager.live_fraction.add(Growth(eligible=10**9, kept=0))
+    engine.manager.live_fraction.add(Growth(eligible=10**9, fullest=0, kept=0))
     for i, num_prompt in enumerate((16, 16, 16, 200)):
         engine.add(str(i), num_prompt, 25, keep=0.0)
     engine.drain()
@@ -175,7 +208,7 @@ def test_preempted_requests_come_back_and_finish():
 
 def test_a_request_that_kept_much_comes_back_only_when_that_fits():
     engine = make_engine(1.0)
-    engine.manager.live_fraction.add(Growth(eligible=10**9, kept=0))
+    engine.manager.live_fraction.add(Growth(eligible=10**9, fullest=0, kept=0))
     for i in range(4):
         engine.add(f"r{i}", 60, 120, keep=1.0)
     engine.drain()
@@ -213,7 +246,7 @@ def test_held_blocks_follow_the_live_slots(window, num_layers, num_kv_heads, blo
     excess = []
     while not engine.finished:
         engine.step()
-        if len(engine.manager.states) < num_requests:
+        if len(engine.manager.ledger.requests) < num_requests:
             continue
         if all(engine.manager.ledger.reported_end[1:4] > num_prompt):
             live_slots = int(engine.workers[0].live[1:4].sum())
@@ -232,7 +265,7 @@ def test_preemption_in_the_step_that_grew_a_request_leaves_no_row_update():
     manager.close_step("ab")
     for request_id in "ab":
         manager.allocate_new_blocks(request_id, 80, 80)
-    state = manager.states["b"]
+    state = manager.ledger.state_of("b")
     manager.free("b")
     meta = manager.close_step("a")
     assert len(meta.row_updates) > 0 and state not in meta.row_updates[:, 0]

@@ -1,15 +1,20 @@
 """Through vLLM's engine: log-probabilities equal the reference model's, whatever the batching."""
 
 import pytest
-from checkpoints import random_tokens
+from engines import (
+    NOISE,
+    check_exact,
+    engine_args,
+    generate,
+    prompts,
+    sampling,
+    scheduler_of,
+    worst_error,
+)
 
 from vllm_dms.backend.runtime import get_runtime
-from vllm_dms.core.manager import check_integrity
+from vllm_dms.core.integrity import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
-
-NOISE = 1e-3  # nats; fp32 rounding is about 3e-5, the mildest wrong rule about 3e-2
-LENGTHS = (20, 97, 230, 512, 700, 1200)
-GENERATED = 70
 
 DIALECTS = {
     "borrowed": {"dialect": "nvidia-borrowed"},
@@ -20,54 +25,6 @@ DIALECTS = {
     "llama-adapter": {"dialect": "nvidia-adapter", "arch": "LlamaForCausalLM"},
     "disabled": {"dialect": "nvidia-borrowed", "disable_eviction": True},
 }
-
-
-def engine_args(chunk, **kwargs):
-    return {
-        "dtype": "float32",
-        "kv_cache_dtype": "dms",
-        "max_model_len": 2048,
-        "max_num_batched_tokens": chunk,
-        "max_num_seqs": 8,
-        "block_size": 16,
-        "kv_cache_memory_bytes": 32 << 20,
-        "logprobs_mode": "raw_logprobs",
-        **kwargs,
-    }
-
-
-def sampling(max_tokens=GENERATED):
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=3, detokenize=False
-    )
-
-
-def prompts(lengths=LENGTHS, seed=0):
-    return [random_tokens(n, seed=seed + i) for i, n in enumerate(lengths)]
-
-
-def generate(llm, token_ids, params):
-    return llm.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=False)
-
-
-def worst_error(reference: ReferenceModel, prompt, output) -> float:
-    """Largest difference of any returned log-probability from the reference's."""
-    ids = list(output.outputs[0].token_ids)
-    logits = reference.forward(prompt + ids).logits.log_softmax(-1)
-    worst = 0.0
-    for step, entries in enumerate(output.outputs[0].logprobs):
-        row = logits[len(prompt) - 1 + step]
-        worst = max(worst, *(abs(row[t].item() - lp.logprob) for t, lp in entries.items()))
-    return worst
-
-
-def check_exact(path, llm, token_ids):
-    reference = ReferenceModel.from_dir(path)
-    outputs = generate(llm, token_ids, sampling())
-    for prompt, output in zip(token_ids, outputs, strict=True):
-        assert worst_error(reference, prompt, output) < NOISE
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 512])
@@ -139,10 +96,6 @@ def drive(llm, token_ids, params, abort_after):
     return done
 
 
-def scheduler_of(llm):
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
 def test_preempted_and_aborted_requests_leave_the_others_exact(checkpoint, make_engine):
     """12 requests of up to 450 tokens, half of them kept: about 2.5 times the pool."""
     path = checkpoint("nvidia-borrowed", evict_rate=0.5)
@@ -163,7 +116,9 @@ def test_preempted_and_aborted_requests_leave_the_others_exact(checkpoint, make_
     assert manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks
 
 
-@pytest.mark.parametrize("wrong", [{"shift": 0}, {"window": 15}, {"window": 17}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"shift": 0}, {"window": 15}, {"window": 17}, {"zero": "before"}], ids=str
+)
 def test_a_wrong_rule_is_noticed(checkpoint, make_engine, wrong):
     path = checkpoint(**DIALECTS["borrowed"])
     llm = make_engine(path, **engine_args(96, additional_config={"dms": wrong}))

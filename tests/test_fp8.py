@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_exact import engine_args, generate, prompts
+from engines import engine_args, generate, prompts
 
 from vllm_dms.backend.runtime import get_runtime
 

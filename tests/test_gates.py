@@ -1,33 +1,15 @@
 """Bad input gets one clear error; engines that don't ask for DMS stay as they were."""
 
-import json
 import logging
 import re
 
 import pytest
 from checkpoints import make_checkpoint, random_tokens
+from engines import edit_config, engine_args, engine_config, generate, sampling
 from safetensors.torch import load_file, save_file
-from test_exact import engine_args, generate, sampling
 from vllm import envs
 
-
-def engine_config(path, **kwargs):
-    from vllm.engine.arg_utils import EngineArgs
-
-    args = {"kv_cache_dtype": "dms", "max_model_len": 512, "enforce_eager": True, **kwargs}
-    return EngineArgs(model=str(path), **args).create_engine_config()
-
-
-def edit_config(path, out_dir, **changes):
-    """A copy of a checkpoint with config.json changed; None removes a key."""
-    out_dir.mkdir(exist_ok=True)
-    for file in path.iterdir():
-        (out_dir / file.name).write_bytes(file.read_bytes())
-    config = json.loads((path / "config.json").read_text()) | changes
-    config = {k: v for k, v in config.items() if v is not None}
-    (out_dir / "config.json").write_text(json.dumps(config))
-    return out_dir
-
+from vllm_dms.backend.runtime import get_runtime
 
 REFUSED = {
     "speculation": (
@@ -128,8 +110,13 @@ def test_weights_can_be_updated_in_chunks(checkpoint, make_engine):
             },
             "sliding-window",
         ),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 64, "local_size": 16}},
+            "dual_chunk_attention_config",
+        ),
+        ({"is_causal": False}, "is_causal"),
     ],
-    ids=["missing", "mistyped", "unknown", "fp8 KV", "sliding window"],
+    ids=["missing", "mistyped", "unknown", "fp8 KV", "sliding window", "dual chunk", "encoder"],
 )
 def test_odd_checkpoints_are_refused_by_name(checkpoint, tmp_path, changes, named):
     path = edit_config(checkpoint("nvidia-borrowed"), tmp_path / "odd", **changes)
@@ -145,7 +132,7 @@ def test_a_model_without_dms_is_refused_with_what_is_supported(checkpoint):
 @pytest.mark.parametrize(
     ("dialect", "drop", "add", "named"),
     [
-        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 4"),
+        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 6"),
         ("nvidia-borrowed", None, "model.layers.0.self_attn.dms_proj_alpha.weight", "dms_separate"),
     ],
     ids=["absent", "left over"],
@@ -171,6 +158,17 @@ def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):
 def test_prefix_caching_is_turned_off(checkpoint):
     config = engine_config(checkpoint("nvidia-borrowed"), enable_prefix_caching=True)
     assert config.cache_config.enable_prefix_caching is False
+
+
+@pytest.mark.parametrize("chosen", [{}, {"block_size": 64}])
+def test_the_arenas_block_is_the_one_that_vllm_settles_on(checkpoint, make_engine, chosen):
+    """vLLM chooses a size once the model is built, when the arena's layout is fixed already."""
+    llm = make_engine(checkpoint("nvidia-borrowed"), kv_cache_dtype="dms", **chosen)
+    vllm_config = llm.llm_engine.vllm_config
+    size = get_runtime(vllm_config).layout.block_size
+    assert vllm_config.cache_config.block_size == size
+    if vllm_config.device_config.device_type == "cpu":
+        assert size == chosen.get("block_size", 128)
 
 
 def test_overrides_reach_the_workers_config(checkpoint):

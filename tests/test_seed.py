@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 import torch
-from test_retrofit import dense, run  # noqa: F401 - dense is a fixture
+from retrofit_runs import dense, run  # noqa: F401 - dense is a fixture
 
-from benchmarks.tiny import train_dense
+from examples.tiny import train_dense
 from vllm_dms.retrofit import __main__ as cli
-from vllm_dms.retrofit import forward
+from vllm_dms.retrofit.attention import attention
 from vllm_dms.retrofit.determinism import deterministic
 
 
@@ -48,7 +48,7 @@ def test_a_long_retrofit_is_decided_by_its_seed(dense, tmp_path, dialect, train)
 def test_gradients_of_attention_add_up_in_one_order_on_the_gpu():
     """The embedded checkpoint's shape: without determinism 64 blocks of keys race for a query."""
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(8, 4, 4096, 64), (8, 2, 4096, 64), (8, 2, 4096, 64), (8, 2, 4096)]
+    shapes = [(8, 4096, 4, 64), (8, 4096, 2, 64), (8, 4096, 2, 64), (8, 2, 4096)]
     *qkv, log_keep = (
         torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes
     )
@@ -58,7 +58,7 @@ def test_gradients_of_attention_add_up_in_one_order_on_the_gpu():
         wanted = inputs if mask is not None else inputs[:3]
         with deterministic():
             found = [
-                torch.autograd.grad(forward.attention(*qkv, mask, window=64).float().sum(), wanted)
+                torch.autograd.grad(attention(*qkv, mask, window=64).float().sum(), wanted)
                 for _ in range(5)
             ]
         for again in found[1:]:

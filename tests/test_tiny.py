@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exact import NOISE, generate, worst_error
+from engines import NOISE, generate, worst_error
 
 import vllm_dms
-from benchmarks.tiny.needles import make_prompts
+from examples.tiny.needles import make_prompts
 from vllm_dms import verify
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import ReferenceModel

@@ -5,47 +5,28 @@ it doesn't understand: a wrong window or shift evicts the wrong tokens without a
 Pure Python, so that the scheduler's process and the command line can import it freely.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Dialect = Literal["nvidia-borrowed", "nvidia-adapter", "fastdms"]
-
-SUPPORTED_FORMATS = (
-    "Supported DMS checkpoints (Qwen3 and Llama): NVIDIA borrowed-channel (dms_window_size, "
-    "dms_alpha_scale and dms_initial_alpha_offset in config.json, like nvidia/Qwen3-8B-DMS-8x); "
-    "NVIDIA adapter (the same with dms_separate_alpha: true and self_attn.dms_proj_alpha* weights, "
-    "as Model-Optimizer trains); FastDMS (window_size, alpha_scale and alpha_offset in "
-    "dms_metadata.json or config.json, like shisa-ai/Llama-3.2-1B-DMS-8x)."
+from vllm_dms.formats import (
+    FASTDMS_DEFAULTS,
+    FASTDMS_KEYS,
+    NVIDIA_KEYS,
+    REQUIRED,
+    Dialect,
+    Rule,
+    read_rule,
 )
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+from vllm_dms.models.families import FAMILIES
 
-# Where each format keeps what; True: there is no safe default, so it must be there.
-_NVIDIA_KEYS = {
-    "window": ("dms_window_size", True),
-    "alpha_scale": ("dms_alpha_scale", True),
-    "alpha_offset": ("dms_initial_alpha_offset", True),
-    "alpha_per": ("dms_alpha_per", False),
-    "nominal_ratio": ("dms_cr", False),
-}
-_FASTDMS_KEYS = {
-    "window": ("window_size", True),
-    "alpha_scale": ("alpha_scale", True),
-    "alpha_offset": ("alpha_offset", True),
-    "nominal_ratio": ("target_cr", False),
-}
-# Settings of Hugging Face's own run time, and of training: no meaning for serving here.
-_NVIDIA_IGNORED = (
-    "dms_tau",
-    "dms_paged_attention_block_size",
-    "dms_compile_limit",
-    "dms_manual_inference_mode",
-    "dms_chunked_prefill",
-    "dms_preallocate_for_tokens",
-)
-_NVIDIA_SWITCHES = ("dms_separate_alpha", "dms_disable_eviction")
-_NVIDIA_KNOWN = (*(k for k, _ in _NVIDIA_KEYS.values()), *_NVIDIA_SWITCHES, *_NVIDIA_IGNORED)
+logger = logging.getLogger(__name__)
+
+# What the retrofit takes: transformers keeps experts in one tensor, which it does not know.
+SUPPORTED_ARCHITECTURES = tuple(family.architecture for family in FAMILIES if not family.moe)
 
 
 def _is_int(value: Any) -> bool:
@@ -74,6 +55,7 @@ _RULES = {
         lambda v: v is None or (_is_number(v) and v >= 1),
         "a number of at least 1, or absent",
     ),
+    "zero": _one_of("before", "both", "never"),
     "storage": _one_of("model", "fp8"),
     "reserve_compression": (lambda v: _is_number(v) and v >= 1, "a number of at least 1"),
     "page_size": (
@@ -102,6 +84,7 @@ class DMSConfig:
     alpha_offset: float
     shift: int  # 1: token j's fate is decided by token j + 1 (NVIDIA); 0: by itself (FastDMS)
     alpha_per: Literal["head", "layer"] = "head"
+    zero: Literal["before", "both", "never"] = "both"  # where, around RoPE, a borrowed channel is 0
     evict: bool = True  # False keeps every token: the control arm
     nominal_ratio: float | None = None  # the compression the checkpoint was trained for
     storage: Literal["model", "fp8"] = "model"  # "model": K/V in the model's own dtype
@@ -133,22 +116,16 @@ class DMSConfig:
         """
         config = dict(hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict())
         overrides = _checked_overrides(overrides)
-        nvidia = {k: v for k, v in config.items() if k.startswith("dms_")}
-        fastdms, where = _fastdms_section(config, metadata)
-        if not nvidia and fastdms is None:
+        rule = read_rule(config, metadata)
+        if rule is None:
             return None
-        if nvidia and fastdms is not None:
+        if "zero" in overrides and rule.dialect == "nvidia-adapter":
             raise ValueError(
-                f"config.json has NVIDIA's DMS keys ({', '.join(sorted(nvidia))}) and {where} has "
-                "FastDMS's: they disagree on which token decides. Remove one of the two."
+                '"zero" is set in "dms" in --additional-config, but this checkpoint has an adapter '
+                "and borrows no query channel. Remove the setting."
             )
-        _check_architecture(config)
-        if fastdms is not None:
-            values: dict[str, Any] = {"dialect": "fastdms", "shift": 0}
-            values |= _read_keys(fastdms, _FASTDMS_KEYS, where, overrides)
-        else:
-            values = _nvidia_values(nvidia, overrides)
-        return cls(**{**values, **overrides, "storage": storage})
+        values = {name: getattr(rule, name) for name in ("dialect", "shift", "zero", "evict")}
+        return cls(**values | _read_values(rule, overrides) | overrides | {"storage": storage})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -162,14 +139,6 @@ class DMSConfig:
 # Whatever the checkpoint decides or serving can choose; the dialect is a fact about the weights,
 # the storage is chosen with --kv-cache-dtype.
 OVERRIDES = tuple(f.name for f in fields(DMSConfig) if f.name not in ("dialect", "storage"))
-
-
-def weight_suffixes(dms: DMSConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names, below model.layers.N, of each layer's DMS weights: (required, optional)."""
-    if not dms.adapter:
-        return (), ()
-    proj = "self_attn.dms_proj_alpha"
-    return (f"{proj}.weight", f"{proj}_norm.weight"), (f"{proj}.bias",)
 
 
 def _checked_overrides(overrides: Mapping | None) -> dict[str, Any]:
@@ -189,72 +158,39 @@ def _checked_overrides(overrides: Mapping | None) -> dict[str, Any]:
     return dict(overrides)
 
 
-def _check_architecture(config: Mapping) -> None:
-    # NVIDIA's own class names carry a DMS suffix; the architecture is the same.
-    names = config.get("architectures") or []
-    if names and not any(n.replace("DMS", "") in SUPPORTED_ARCHITECTURES for n in names):
-        raise ValueError(
-            f"architectures is {names}: DMS is not implemented for it. {SUPPORTED_FORMATS}"
-        )
-
-
-def _fastdms_section(config: Mapping, metadata: Mapping | None) -> tuple[Mapping | None, str]:
-    """The mapping that holds FastDMS's keys (None: there is none) and a name for messages."""
-    if metadata is not None:
-        if not isinstance(metadata, Mapping):
-            raise ValueError(
-                f"dms_metadata.json holds {metadata!r}, but it must be a JSON object. Restore it."
-            )
-        for name in ("dms", "config"):
-            if isinstance(metadata.get(name), Mapping):
-                return metadata[name], f'dms_metadata.json ("{name}")'
-        return metadata, "dms_metadata.json"
-    for section, where in (
-        (config, "config.json"),
-        (config.get("dms"), 'config.json ("dms")'),
-        (config.get("config"), 'config.json ("config")'),
-    ):
-        # Other models have a window_size of their own: only these two together mean DMS.
-        if isinstance(section, Mapping) and {"alpha_scale", "alpha_offset"} <= set(section):
-            return section, where
-    return None, ""
-
-
-def _nvidia_values(nvidia: Mapping, overrides: Mapping) -> dict[str, Any]:
-    unknown = sorted(set(nvidia) - set(_NVIDIA_KNOWN))
-    if unknown:
-        raise ValueError(
-            f"config.json has unknown DMS keys: {', '.join(unknown)}. They may change which tokens "
-            f"are evicted. Remove or correct them; known keys: {', '.join(_NVIDIA_KNOWN)}."
-        )
-    for key in _NVIDIA_SWITCHES:
-        if not isinstance(nvidia.get(key, False), bool):
-            raise ValueError(
-                f"config.json: {key} is {nvidia[key]!r}, but it must be true or false. "
-                "Correct it in config.json."
-            )
-    adapter = nvidia.get("dms_separate_alpha", False)
-    return {
-        "dialect": "nvidia-adapter" if adapter else "nvidia-borrowed",
-        "shift": 1,
-        "evict": not nvidia.get("dms_disable_eviction", False),
-        **_read_keys(nvidia, _NVIDIA_KEYS, "config.json", overrides),
-    }
-
-
-def _read_keys(source: Mapping, keys: Mapping, where: str, overrides: Mapping) -> dict[str, Any]:
+def _read_values(rule: Rule, overrides: Mapping) -> dict[str, Any]:
     """Checkpoint values by field name; what the user overrides is not looked at."""
     values = {}
-    for field, (key, required) in keys.items():
-        if field in overrides:
-            continue
-        setting = f"""--additional-config '{{"dms": {{"{field}": ...}}}}'"""
-        if key in source:
-            remedy = f"Correct it, or set {setting}."
-            values[field] = _check(field, source[key], f"{where}: {key}", remedy)
-        elif required:
+    for field in {*rule.settings, *REQUIRED} - set(overrides):
+        remedy = f"""set --additional-config '{{"dms": {{"{field}": ...}}}}'"""
+        found = rule.settings.get(field, [])
+        for setting in found:
+            _check(field, setting.value, setting.where, f"Correct it, or {remedy}.")
+        if found:
+            first = found[0]
+            other = next((s for s in found if s.value != first.value), first)
+            if other is not first and field in REQUIRED:
+                raise ValueError(
+                    f"{first.where} is {first.value!r}, but {other.where} is {other.value!r}. "
+                    f"Correct one of them, or {remedy}."
+                )
+            values[field] = first.value
+        elif rule.dialect == "fastdms":
+            values[field] = FASTDMS_DEFAULTS[field]
+            _warn_of_default(rule.where, field)
+        else:
             raise ValueError(
-                f"{where}: {key} is missing: without it nobody can tell which tokens this "
-                f"checkpoint evicts. Restore it, or set {setting}."
+                f"{rule.where}: {NVIDIA_KEYS[field][0]} is missing: without it nobody can tell "
+                f"which tokens this checkpoint evicts. Restore it, or {remedy}."
             )
     return values
+
+
+@functools.cache
+def _warn_of_default(where: str, field: str) -> None:
+    logger.warning(
+        "%s does not have %s: FastDMS's own default of %s is taken.",
+        where,
+        FASTDMS_KEYS[field][0],
+        FASTDMS_DEFAULTS[field],
+    )

@@ -30,6 +30,7 @@ from vllm_dms.backend.updates import apply_updates
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.banner import banner
 from vllm_dms.core.manager import DMSManager
+from vllm_dms.core.metrics import Changes, DMSConnectorStats, DMSPromMetrics
 from vllm_dms.core.stats import Stats
 
 logger = init_logger(__name__)
@@ -44,6 +45,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         # The scheduler's half.
         self._manager: DMSManager
         self.stats: Stats
+        self._changes: Changes
         # The worker's half.
         self._runtime: Runtime
 
@@ -64,13 +66,14 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._manager = managers[0]
         self.stats = Stats(self._manager, self._config.evict, self._config.log_interval)
+        self._changes = Changes(self.stats, self._manager)
         model_len = self._vllm_config.model_config.max_model_len
         blocks = self._manager.num_usable_blocks
         logger.info("%s", banner(self._manager.spec, self._config, blocks, model_len))
 
     def on_new_request(self, request: Request) -> None:
         if request.resumable:
-            self._manager.sessions[request.request_id] = request
+            self._manager.sessions.open(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -93,7 +96,8 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
             self._manager.forget_failed(connector_output.invalid_block_ids)
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, DMSReport):
-            self.stats.add(self._manager.merge(report.step_id, report.rows))
+            step, growth = self._manager.merge(report)
+            self.stats.add(step, report.usage, growth)
 
     def has_pending_block_frees(self) -> bool:
         return self._manager.should_wait()
@@ -102,7 +106,26 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._manager.request_finishes(request.request_id)
-        return False, {"dms": self.stats.of_request(request.request_id)}
+        return False, {"dms": self.stats.of_finished(request.request_id)}
+
+    def get_kv_connector_stats(self) -> DMSConnectorStats | None:
+        return self._changes.take() if self.role is KVConnectorRole.SCHEDULER else None
+
+    # The front end's.
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> DMSConnectorStats:
+        return DMSConnectorStats()  # for vLLM's log, which has nothing to say of it
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> DMSPromMetrics:
+        return DMSPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # The worker's half.
 

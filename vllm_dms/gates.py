@@ -15,21 +15,41 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
 from vllm_dms.compat import check_hooks, check_vllm_version
-from vllm_dms.config import SUPPORTED_FORMATS, DMSConfig
+from vllm_dms.config import DMSConfig
+from vllm_dms.formats import SUPPORTED_FORMATS
+from vllm_dms.models.families import family_of, family_of_architectures
 
 logger = init_logger(__name__)
 
 CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8"}  # flag value -> DMSConfig.storage
-# Architecture in the checkpoint's config.json -> the class `plugin` registers.
-ARCHITECTURES = {
-    "Qwen3ForCausalLM": "DMSQwen3ForCausalLM",
-    "Qwen3ForCausalLMDMS": "DMSQwen3ForCausalLM",
-    "LlamaForCausalLM": "DMSLlamaForCausalLM",
-    "LlamaForCausalLMDMS": "DMSLlamaForCausalLM",
-}
 CONNECTOR = "DMSConnector"
 # vLLM's own list plus ours; set before vLLM fills in its default.
 ATTENTION_OP = "vllm_dms::attention"
+
+
+def prepare(engine_args: Any) -> None:
+    """Before vLLM reads config.json: what it would make of a student that Model-Optimizer exported.
+
+    ``engine_args`` is a copy, and no other engine's.
+    """
+    if engine_args.kv_cache_dtype not in CACHE_DTYPES:
+        return
+    model = engine_args.model
+    if engine_args.trust_remote_code and engine_args.tokenizer in (None, model):
+        logger.info("--trust-remote-code is not used: DMS needs no code of %s.", model)
+        engine_args.trust_remote_code = False
+    config = get_hf_file_to_dict(
+        "config.json", engine_args.hf_config_path or model, engine_args.revision
+    )
+    family = family_of(config or {})
+    # Missing, or the bare backbone, which vLLM takes for a pooling model. (No dict: a function.)
+    if family is None or family_of_architectures(config.get("architectures") or []) is not None:
+        return
+    if isinstance(engine_args.hf_overrides, dict):
+        engine_args.hf_overrides = {
+            "architectures": [family.architecture],
+            **engine_args.hf_overrides,
+        }
 
 
 def configure(vllm_config: VllmConfig) -> None:
@@ -75,8 +95,8 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     ranks = parallel.tensor_parallel_size
     borrowers = 1 if config.alpha_per == "layer" else model.get_total_num_kv_heads()
     checks = {
-        f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": not any(
-            name in ARCHITECTURES for name in architectures
+        f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": (
+            family_of_architectures(architectures) is None
         ),
         f"--model-impl is {model.model_impl!r}, but DMS is built into vLLM's own models. Remove "
         "it.": model.model_impl not in ("auto", "vllm"),
@@ -115,6 +135,10 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         "--enable-dbo is set, but DMS keeps one step's state at a time. Remove it.": (
             parallel.use_ubatching
         ),
+        "--enable-fault-tolerance is set, but after a failed step vLLM may hand on its report of "
+        "pages in use with the next step's. Remove --enable-fault-tolerance.": (
+            parallel.enable_fault_tolerance
+        ),
         "--enable-lora is set, but adapters on q_proj would change eviction decisions, which is "
         "not tested. Merge the adapter into the checkpoint or remove --enable-lora.": (
             vllm_config.lora_config
@@ -128,6 +152,14 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         "the model has sliding-window or linear attention layers, but DMS replaces full attention "
         "only. Serve it with --kv-cache-dtype auto.": (
             layer_types != {"full_attention"} or cache.sliding_window is not None
+        ),
+        "the model has dual_chunk_attention_config, but DMS computes plain causal attention. "
+        "Remove it from config.json, or serve this model with --kv-cache-dtype auto.": (
+            getattr(hf_config, "dual_chunk_attention_config", None)
+        ),
+        "the model has is_causal: false (bidirectional attention), but DMS computes plain causal "
+        "attention. Serve it with --kv-cache-dtype auto.": (
+            getattr(hf_config, "is_causal", True) is False
         ),
         "--kv-cache-dtype-skip-layers is set, but all layers share one arena. Remove it.": (
             cache.kv_cache_dtype_skip_layers
@@ -180,6 +212,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
             "one request, which another request can't share."
         )
         cache.enable_prefix_caching = False
+    if current_platform.is_cpu() and not cache.user_specified_block_size:
+        # vLLM's own choice there, which 0.33 makes only after the model fixed the arena's layout.
+        cache.block_size = 128
     backend = vllm_config.attention_config.backend
     if backend is not None:
         logger.warning("--attention-backend %s has no effect: DMS brings its own.", backend.name)
@@ -206,8 +241,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
 def _select_model(vllm_config: VllmConfig) -> None:
     """Serve this model, and no other of its architecture, with the DMS model class."""
     model = vllm_config.model_config
-    found = next(name for name in model.hf_config.architectures if name in ARCHITECTURES)
-    architectures = [ARCHITECTURES[found]]
+    family = family_of_architectures(model.hf_config.architectures)
+    assert family is not None, "refused above"
+    architectures = [family.dms_architecture]
     model.hf_config.architectures = architectures
     model.model_arch_config.architectures = architectures
     model._model_info, model._architecture = model.registry.inspect_model_cls(architectures, model)
@@ -224,7 +260,7 @@ def _warn_if_dense(vllm_config: VllmConfig) -> None:
             f"{vllm_config.cache_config.cache_dtype!r}, so it would have no effect. Add "
             "--kv-cache-dtype dms or remove the setting."
         )
-    if not set(getattr(model.hf_config, "architectures", None) or []) & set(ARCHITECTURES):
+    if family_of_architectures(getattr(model.hf_config, "architectures", None) or []) is None:
         return
     keys = model.hf_config.to_dict()
     local = Path(model.model, "dms_metadata.json").is_file()

@@ -14,12 +14,13 @@ logger = logging.getLogger("vllm.vllm_dms")
 def register() -> None:
     """Hook into vLLM, or, if this vLLM lacks a hook, say which and leave it as it was: it may be
     serving something else. `--kv-cache-dtype dms` then is an unknown value."""
-    from vllm_dms.gates import configure
+    from vllm_dms.gates import configure, prepare
 
     try:
         # The frontend: flags and checkpoint to a configured engine, or an error. First, because a
         # flag that is accepted must be acted on.
         compat.wrap_config_hook(configure)
+        compat.wrap_model_config(prepare)
         # The flag: --kv-cache-dtype dms, dms_fp8.
         compat.patch_cache_dtype()
     except compat.MissingHookError as error:
@@ -29,17 +30,11 @@ def register() -> None:
     # The models. Named by path: imported only by an engine that serves one.
     from vllm.model_executor.models.registry import ModelRegistry
 
-    qwen3, llama = (
-        "vllm_dms.models.qwen3:DMSQwen3ForCausalLM",
-        "vllm_dms.models.llama:DMSLlamaForCausalLM",
-    )
-    for name, target in {
-        "DMSQwen3ForCausalLM": qwen3,
-        "Qwen3ForCausalLMDMS": qwen3,  # Model-Optimizer's name for its adapter form
-        "DMSLlamaForCausalLM": llama,
-        "LlamaForCausalLMDMS": llama,
-    }.items():
-        ModelRegistry.register_model(name, target)
+    from vllm_dms.models.families import FAMILIES
+
+    for family in FAMILIES:
+        for name in (family.dms_architecture, family.nvidia_architecture):
+            ModelRegistry.register_model(name, f"vllm_dms.models:{family.dms_architecture}")
 
     # The worker's side: those models import `backend.attention`, which then registers its backend.
 

@@ -15,7 +15,8 @@ Glossary, used with the same meaning everywhere:
   survivors  keys out of the window that were not evicted
   live       window + survivors: what a compact cache has to hold
   group      the query heads that share one KV head
-  borrowed   alpha is the last channel of each group's first query head, taken from attention
+  borrowed   alpha is the last channel of each group's first query head
+  zero       whether that channel is 0 in attention: before RoPE, before and after (both), or never
 
 Shapes: T tokens, L layers, Hq query heads, H KV heads, D head_dim. Time is the last axis of
 decisions (..., T) and the second to last of q, k, v (heads, T, D).
@@ -30,7 +31,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from vllm_dms.adapters import (
+    adapted_config,
+    base_dir,
+    check_against_base,
+    is_adapter_dir,
+    read_adapter,
+)
 from vllm_dms.config import DMSConfig
+from vllm_dms.rope import rope_frequencies
 
 
 def decide(alpha: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
@@ -77,23 +86,6 @@ def zero_borrowed(q: torch.Tensor, group: int) -> torch.Tensor:
     return q
 
 
-def rope_frequencies(config: dict, head_dim: int) -> torch.Tensor:
-    """Inverse frequencies (D / 2) from config.json, in either of transformers' spellings."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return inv_freq
-    if kind != "llama3":
-        raise ValueError(f"rope_type is {kind!r}: the reference knows 'default' and 'llama3'.")
-    # Long wavelengths are stretched by `factor`, short ones stay, a ramp joins them.
-    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (keep + (1 - keep) / rope["factor"])
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """NeoX rotary embedding: x (heads, T, D); channel c is paired with channel c + D / 2."""
     first, second = x.chunk(2, dim=-1)
@@ -108,10 +100,10 @@ class ReferenceOutput:
 
 
 class ReferenceModel:
-    """A Qwen3 or Llama model with the DMS mask; dms=None: the dense model.
+    """A model of one of the families with the DMS mask; dms=None: the dense model.
 
-    config: config.json; weights: the checkpoint's tensors by name. What is optional (q_norm,
-    biases, a tied lm_head) is told from the weights."""
+    config: config.json; weights: the checkpoint's tensors by name. What families differ in (q_norm,
+    biases, a tied lm_head, experts) is told from the weights."""
 
     def __init__(
         self,
@@ -127,19 +119,34 @@ class ReferenceModel:
         self.num_kv_heads = config.get("num_key_value_heads") or self.num_heads
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.num_heads
         self.group = self.num_heads // self.num_kv_heads
-        self.inv_freq = rope_frequencies(config, self.head_dim).to(device)
+        self.inv_freq, self.rope_factor = rope_frequencies(config, self.head_dim)
         self.device = torch.device(device)
 
     @classmethod
-    def from_dir(cls, path: Path | str, overrides: dict | None = None, **kwargs):
-        """A checkpoint directory; overrides as in --additional-config; kwargs: dtype, device."""
+    def from_dir(
+        cls,
+        path: Path | str,
+        overrides: dict | None = None,
+        adapter: Path | str | None = None,
+        **kwargs,
+    ):
+        """A checkpoint's directory, with an adapter's over it if given, or an adapter's whose base
+        is local; overrides as in --additional-config; kwargs: dtype, device."""
         path = Path(path)
+        if adapter is None and is_adapter_dir(path):
+            adapter = path
+            path = base_dir(read_adapter(path))
         config = json.loads((path / "config.json").read_text())
         extra = path / "dms_metadata.json"
         metadata = json.loads(extra.read_text()) if extra.exists() else None
         weights: dict[str, torch.Tensor] = {}
         for shard in sorted(path.glob("*.safetensors")):
             weights |= load_file(shard)
+        if adapter is not None:
+            grafted = read_adapter(adapter)
+            check_against_base(grafted, config)
+            config = adapted_config(grafted, config)
+            weights |= grafted.tensors
         dms = DMSConfig.from_checkpoint(config, metadata, overrides)
         return cls(config, weights, dms, **kwargs)
 
@@ -184,24 +191,37 @@ class ReferenceModel:
             if dms.evict:
                 e = evicted(decide(alpha, dms.alpha_scale, dms.alpha_offset), dms.shift)
 
-        borrowed = dms is not None and not dms.adapter
-        if borrowed:
+        zero = "never" if dms is None or dms.adapter else dms.zero
+        if zero != "never":
             q = zero_borrowed(q, self.group)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if borrowed:  # RoPE has mixed the paired channel back in
+        if zero == "both":  # RoPE has mixed the paired channel back in
             q = zero_borrowed(q, self.group)
 
         mask = visible(e, dms.window if dms is not None else 0)
         out = attention(q, k, v, mask, self.head_dim**-0.5)
         return self.linear(out.transpose(0, 1).flatten(1), f"{attn}.o_proj"), e, logits
 
+    def mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x (T, hidden) -> (T, hidden); where there is a router, the sum over each token's best."""
+        if f"{name}.gate.weight" not in self.weights:
+            gate = F.silu(self.linear(x, f"{name}.gate_proj"))
+            return self.linear(gate * self.linear(x, f"{name}.up_proj"), f"{name}.down_proj")
+        shares = self.linear(x, f"{name}.gate").float().softmax(-1)
+        best, experts = shares.topk(self.config["num_experts_per_tok"])
+        if self.config.get("norm_topk_prob", False):
+            best = best / best.sum(-1, keepdim=True)
+        shares = torch.zeros_like(shares).scatter(-1, experts, best).to(x.dtype)
+        outs = [self.mlp(f"{name}.experts.{e}", x) for e in range(shares.shape[-1])]
+        return sum(share[:, None] * out for share, out in zip(shares.T, outs, strict=True))
+
     @torch.inference_mode()
     def forward(self, token_ids: list[int] | torch.Tensor) -> ReferenceOutput:
         """token_ids (T) -> logits that follow each token, and who was evicted."""
         ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
-        angles = torch.outer(torch.arange(len(ids), device=self.device).float(), self.inv_freq)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        angles = torch.outer(torch.arange(len(ids)).float(), self.inv_freq).repeat(1, 2)
+        cos, sin = (self.rope_factor * part for part in (angles.cos(), angles.sin()))
+        cos, sin = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 
         x = self.weights["model.embed_tokens.weight"][ids]
         evict, decision_logits = [], []
@@ -211,9 +231,7 @@ class ReferenceModel:
             evict.append(e)
             decision_logits.append(logits)
             x = x + out
-            h, mlp = self.norm(x, f"{layer}.post_attention_layernorm"), f"{layer}.mlp"
-            h = F.silu(self.linear(h, f"{mlp}.gate_proj")) * self.linear(h, f"{mlp}.up_proj")
-            x = x + self.linear(h, f"{mlp}.down_proj")
+            x = x + self.mlp(f"{layer}.mlp", self.norm(x, f"{layer}.post_attention_layernorm"))
 
         tied = "lm_head.weight" not in self.weights
         x = self.norm(x, "model.norm")

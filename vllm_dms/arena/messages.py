@@ -10,6 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from vllm_dms.arena.report import Usage
+
 
 @dataclass(frozen=True)
 class DMSStepMeta(KVConnectorMetadata):
@@ -24,7 +26,7 @@ class DMSStepMeta(KVConnectorMetadata):
 
 
 class DMSReport(KVConnectorWorkerMetadata):
-    """Worker -> scheduler, after the step: one row of `ops.report` per request in the step.
+    """Worker -> scheduler, after the step: one row (see `arena.report`) per request in the step.
 
     Made while the step still runs on the device; the rows are read when they are first asked
     for, or when the report is pickled to leave the worker's process.
@@ -37,32 +39,32 @@ class DMSReport(KVConnectorWorkerMetadata):
         host: torch.Tensor,
         copied: "torch.cuda.Event | None" = None,
     ) -> None:
-        """``host`` int32 [num_states, *]: complete once ``copied`` has happened."""
+        """``host`` int32 [num_states, REPORT_WIDTH]: complete once ``copied`` has happened."""
         self.step_id = step_id
         self._states = states
         self._host = host
         self._copied = copied
-        self._rows: np.ndarray | None = None
+        self._usage: Usage | None = None
 
     @property
-    def rows(self) -> np.ndarray:
-        """int32 [n, REPORT_HORIZON + 2], in the order of the step's states."""
-        if self._rows is None:
+    def usage(self) -> Usage:
+        """In the order of the step's states."""
+        if self._usage is None:
             if self._copied is not None:
                 self._copied.synchronize()
-            self._rows = self._host.numpy()[self._states]
-        return self._rows
+            self._usage = Usage.of_rank(self._host.numpy()[self._states])
+        return self._usage
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "DMSReport":
-        """Ranks hold different heads but the same blocks: the worst of them counts."""
+        """The report of two ranks, or groups of ranks, of one step."""
         assert isinstance(other, DMSReport) and other.step_id == self.step_id
-        return DMSReport._of_rows(self.step_id, np.maximum(self.rows, other.rows))
+        return DMSReport._of_usage(self.step_id, self.usage.merged(other.usage))
 
     @classmethod
-    def _of_rows(cls, step_id: int, rows: np.ndarray) -> "DMSReport":
+    def _of_usage(cls, step_id: int, usage: Usage) -> "DMSReport":
         report = cls.__new__(cls)
-        report.step_id, report._rows = step_id, rows
+        report.step_id, report._usage = step_id, usage
         return report
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DMSReport._of_rows, (self.step_id, self.rows)
+        return DMSReport._of_usage, (self.step_id, self.usage)

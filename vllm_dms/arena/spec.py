@@ -4,11 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.config import DMSConfig
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class DMSCacheSpec(AttentionSpec):
     layout: ArenaLayout
     max_num_seqs: int  # requests that can hold blocks at once: state indices 1..max_num_seqs
     max_chunk_tokens: int  # most tokens of one request in one step
+    num_ranks: int = 1  # tensor-parallel ranks, each with an arena of this layout
     reserve_compression: float = 1.0  # compression that the max_model_len check may count on
 
     @property
@@ -53,7 +57,26 @@ class DMSCacheSpec(AttentionSpec):
         return min(dense, int(-(-dense // self.reserve_compression)) + chunk)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        return self.max_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+        model = vllm_config.model_config
+        max_model_len = model.max_model_len
+        if max_model_len < self.layout.max_model_len and model.original_max_model_len != -1:
+            # vLLM looks for a length that fits, to name it in the error that comes next.
+            logger.error_once("%s", self._explain_need())
+        return self.max_blocks(max_model_len) * self.page_size_bytes
+
+    def _explain_need(self) -> str:
+        max_model_len = self.layout.max_model_len
+        dense = self.dense_blocks(max_model_len)
+        chunk = self.dense_blocks(min(self.max_chunk_tokens, max_model_len))
+        return (
+            f"The KV cache is too small for one request of --max-model-len {max_model_len}: with "
+            f"DMS it may need {self.max_blocks(max_model_len)} blocks of {self.layout.block_bytes} "
+            f"bytes and a null block. That counts on reserve_compression "
+            f"{self.reserve_compression:g}: {dense} blocks if nothing is evicted, at least {chunk} "
+            "for a chunk. Lower --max-model-len or --max-num-batched-tokens, raise "
+            "--gpu-memory-utilization or --kv-cache-memory-bytes, or raise reserve_compression in "
+            "--additional-config to what your checkpoint is sure to reach."
+        )
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Rows of pages are rounded up one by one, so a page longer than a block adds some.
@@ -75,5 +98,6 @@ def make_spec(vllm_config: VllmConfig, config: DMSConfig, layout: ArenaLayout) -
         layout=layout,
         max_num_seqs=scheduler.max_num_seqs,
         max_chunk_tokens=scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
+        num_ranks=vllm_config.parallel_config.tensor_parallel_size,
         reserve_compression=config.reserve_compression,
     )

@@ -29,6 +29,7 @@ from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.runtime import Runtime
 from vllm_dms.backend.state import Batch
+from vllm_dms.compat import check_hooks
 from vllm_dms.config import DMSConfig
 
 
@@ -44,8 +45,8 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
 
-    def __init__(self, *args: Any) -> None:  # abstract in the base class
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in the base class
+        super().__init__(*args, **kwargs)
 
     def build(
         self,
@@ -167,6 +168,7 @@ class DMSAttention(Attention):
         super().__init__(*args, prefix=prefix, attn_backend=DMSCompactAttentionBackend, **kwargs)
         self.layer_index = sum(isinstance(layer, DMSAttention) for layer in layers.values()) - 1
         if first is None:
+            check_hooks()
             config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
             device = torch.device(vllm_config.device_config.device_type)
             self.dms_runtime = Runtime(vllm_config, config, device, self.impl.scale)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
-from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import ArenaState
 
@@ -39,7 +39,7 @@ class Reporter:
     def __init__(self, state: ArenaState, ops: Ops) -> None:
         self._ops = ops
         device = state.live.device
-        shape = (state.num_states, REPORT_HORIZON + 2)
+        shape = (state.num_states, REPORT_WIDTH)
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
         self._reports: list[DMSReport | None] = [None] * NUM_BUFFERS
         self._hosts: list[torch.Tensor] = []
@@ -57,13 +57,13 @@ class Reporter:
         self._ops.report(self._on_device)
         if not self._events:
             result = DMSReport(meta.step_id, meta.states, self._on_device)
-            result.rows  # noqa: B018 the tensor is overwritten in the next step
+            result.usage  # noqa: B018 the tensor is overwritten in the next step
             return result
         slot = self._next
         self._next = (slot + 1) % NUM_BUFFERS
         previous = self._reports[slot]
         if previous is not None:
-            previous.rows  # noqa: B018 read it before its buffer is overwritten
+            previous.usage  # noqa: B018 read it before its buffer is overwritten
         host, event = self._hosts[slot], self._events[slot]
         host.copy_(self._on_device, non_blocking=True)
         event.record()

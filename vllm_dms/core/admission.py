@@ -12,15 +12,16 @@ HALF_LIFE_TOKENS = 65536
 
 
 class LiveFraction:
-    """Share of past-window slots that are kept, over recent reports."""
+    """Share of past-window slots that are kept, over recent reports, on the fullest rank: it
+    decides how many blocks a request needs."""
 
     def __init__(self, num_rows: int) -> None:
-        self._kept = self._eligible = float(PRIOR_TOKENS * num_rows)
-        self._half_life = HALF_LIFE_TOKENS * num_rows
+        self._num_rows = num_rows
+        self._kept = self._eligible = float(PRIOR_TOKENS)
 
     def add(self, growth: Growth) -> None:
-        decay = 0.5 ** (growth.eligible / self._half_life)
-        self._kept = self._kept * decay + growth.kept
+        decay = 0.5 ** (growth.eligible / HALF_LIFE_TOKENS)
+        self._kept = self._kept * decay + growth.fullest / self._num_rows
         self._eligible = self._eligible * decay + growth.eligible
 
     @property

@@ -1,20 +1,47 @@
-"""The KV cache manager: vLLM's block pool on one side, reservation caps on the other."""
+"""The KV cache manager: vLLM's block pool on one side, reservation caps on the other.
 
-from collections import deque
+Who owns what, when it is born and when it dies:
+
+what          owner                     born                       dies
+state index   `Ledger`                  `allocate_new_blocks`, of  `pop_blocks_for_free`: finished,
+                                        a request without one      aborted, preempted, gave way
+block         vLLM's pool, or one       `allocate_new_blocks`      `pop_blocks_for_free`; surplus
+              request: `req_to_blocks`                             in `merge`, while it runs
+page          the device; a request     a token that opens it,     with its block, never before
+              has those of its blocks   the lowest free one
+message       `Mailbox`                 while a step is scheduled  `close_step` posts it; the worker
+                                                                   reads it before the step runs
+report        worker, then `Ledger`     the end of a step          `merge`, in the order of steps
+
+The ends of a request:
+
+finished, aborted   `request_finishes` -> `pop_blocks_for_free`
+preempted           `pop_blocks_for_free`; resumed like a new request
+gave way            `close_step` -> `pop_blocks_for_free`; see `sessions`
+can never fit       `should_wait` -> message -> the worker names its first block as failed -> vLLM
+                    ends it -> `pop_blocks_for_free` -> `forget_failed`; see `shortage`
+
+A freed block may be given to another request at once, although steps that still write to it are in
+flight: the device works in the order of steps, and a message takes effect between two of them.
+"""
+
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.request import Request, RequestStatus
 
-from vllm_dms.arena.messages import DMSStepMeta
+from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.spec import DMSCacheSpec
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
 from vllm_dms.core.ledger import Growth, Ledger, Step
+from vllm_dms.core.mailbox import Mailbox
+from vllm_dms.core.sessions import Sessions
 from vllm_dms.core.shortage import Shortage, Shortages
+
+logger = init_logger(__name__)
 
 
 class DMSManager(SingleTypeKVCacheManager):
@@ -31,31 +58,31 @@ class DMSManager(SingleTypeKVCacheManager):
                 "enable_prefix_caching is on, but DMS blocks hold what one request kept and can't "
                 "be shared. Start with --no-enable-prefix-caching."
             )
-        self.spec = kv_cache_spec
-        self.ledger = Ledger(kv_cache_spec.layout, kv_cache_spec.max_num_seqs)
-        self.live_fraction = LiveFraction(kv_cache_spec.layout.num_rows)
-        self.states: dict[str, int] = {}  # request id -> state index
-        self.owners: dict[int, str] = {}  # and back
-        self.in_flight: deque[Step] = deque()
-        self.shortages = Shortages(self.ledger, self.in_flight, kv_cache_spec.reserve_compression)
+        spec = self.spec = kv_cache_spec
+        self.ledger = Ledger(spec.layout, spec.max_num_seqs, spec.num_ranks)
+        self.mailbox = Mailbox()
+        self.sessions = Sessions(self.ledger)
+        self.shortages = Shortages(
+            self.ledger, self.mailbox, self.sessions, self.req_to_blocks, spec.reserve_compression
+        )
+        self.live_fraction = LiveFraction(spec.layout.num_rows)
         self.returned_blocks = 0
-        self._next_step = 0
-        # For the next step's message to the worker.
-        self._row_updates: list[tuple[int, int, int]] = []
-        self._starts: dict[int, int] = {}
+        self._num_steps = 0
         self._admit = True
         # What preempted requests had kept: the average says little about when they fit again.
         self._own_fraction: dict[str, float] = {}
         self._finishing: set[str] = set()
-        # Requests with streaming input: when a turn stops, vLLM takes back the step it scheduled
-        # ahead, whose token can't be taken out of the arena again. So there is none.
-        self.sessions: dict[str, Request] = {}
-        self._paused = False
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self.block_pool.num_gpu_blocks - 1  # without the null block
 
     # The scheduler's calls.
 
     def new_step_starts(self) -> None:
         self._admit = True
+        self.sessions.new_step_starts()
+        self.shortages.new_step_starts()
 
     def get_num_blocks_to_allocate(
         self,
@@ -68,33 +95,37 @@ class DMSManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        state = self.states.get(request_id)
-        if state is not None and not apply_admission_cap:
-            ledger = self.ledger
-            if request_id in self.sessions and ledger.in_flight(state):
-                self._paused = True
+        """Decides nothing: what follows from a refusal is decided in `should_wait` (running
+        requests) and `close_step` (waiting ones)."""
+        state = self.ledger.state_of(request_id)
+        if state is None:
+            may_start = self._admit and self.ledger.num_free
+            if not may_start or self.sessions.lost_its_state(request_id):
                 return self.block_pool.num_gpu_blocks  # more than there can be: not now
-            if num_tokens <= ledger.read_safe_end[state]:
+        elif not apply_admission_cap:
+            if self.sessions.must_pause(request_id, state):
+                return self.block_pool.num_gpu_blocks
+            if num_tokens <= self.ledger.read_safe_end[state]:
                 return 0
-            needed = ledger.required_one(state, num_tokens)
-            blocks = self.req_to_blocks[request_id]
-            missing = max(needed - len(blocks), 0)
-            if missing > self.block_pool.get_num_free_blocks():
-                first = blocks[0].block_id
-                self.shortages.note(Shortage(request_id, state, first, needed, missing))
-                session = self.sessions.get(request_id)
-                if session is not None and session.status == RequestStatus.WAITING:
-                    self.shortages.end_if_waiting_for_ever(session, self.num_usable_blocks)
-            return missing
-        held = 0 if state is None else len(self.req_to_blocks[request_id])
-        if state is None and not (self._admit and self.ledger.num_free):
-            return self.block_pool.num_gpu_blocks  # more than there can be: not now
         if apply_admission_cap:
-            own = self._own_fraction.get(request_id, 0.0)
-            estimate = estimate_blocks(self.spec, num_tokens, max(self.live_fraction.value, own))
-            # A request that is alone is let in whatever the guess, so that none waits for ever.
-            return max(min(estimate, self.num_usable_blocks) - held, 0)
-        return self.spec.dense_blocks(num_tokens)
+            needed = self._estimate(request_id, num_tokens)
+        elif state is None:
+            needed = self.spec.dense_blocks(num_tokens)
+        else:
+            needed = self.ledger.required_one(state, num_tokens)
+        missing = needed - (0 if state is None else len(self.req_to_blocks[request_id]))
+        if missing <= 0:
+            return 0
+        missing += len(self.shortages.quarantine)  # free, but for nobody yet
+        if missing > self.block_pool.get_num_free_blocks():
+            self.shortages.note(Shortage(request_id, needed, missing))
+        return missing
+
+    def _estimate(self, request_id: str, num_tokens: int) -> int:
+        own = self._own_fraction.get(request_id, 0.0)
+        estimate = estimate_blocks(self.spec, num_tokens, max(self.live_fraction.value, own))
+        # A request that is alone is let in whatever the guess, so that none waits for ever.
+        return min(estimate, self.num_usable_blocks)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -102,45 +133,41 @@ class DMSManager(SingleTypeKVCacheManager):
         """The blocks of a new or resumed request; [] for a running one, because vLLM's tables on
         the worker can't shrink. Its blocks travel in the connector's message instead."""
         ledger = self.ledger
-        state = self.states.get(request_id)
+        state = ledger.state_of(request_id)
         first = state is None
         if state is None:
-            state = self.states[request_id] = ledger.start()
-            self.owners[state] = request_id
+            state = ledger.start(request_id)
         ledger.scheduled_end[state] = num_tokens
         self.shortages.resolved(request_id)
         if num_tokens <= ledger.read_safe_end[state]:
             return []
         blocks = self.req_to_blocks[request_id]
         held = len(blocks)
-        needed = ledger.required_one(state, num_tokens)
-        new = self.block_pool.get_new_blocks(max(needed - held, 0))
+        new = self._take(max(ledger.required_one(state, num_tokens) - held, 0))
         blocks.extend(new)
         ledger.grow(state, len(blocks), num_tokens)
-        updates = self._row_updates
-        updates.extend((state, held + i, block.block_id) for i, block in enumerate(new))
+        self.mailbox.give(state, held, new)
         if not first:
             return []
-        self._starts[state] = new[0].block_id
+        self.mailbox.start(state, new[0])
         return new
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
-        state = self.states.pop(request_id, None)
+        state = self.ledger.state_of(request_id)
         if request_id in self._finishing:
             self._finishing.discard(request_id)
             self._own_fraction.pop(request_id, None)
         elif state is not None:
             self._own_fraction[request_id] = self.ledger.live_fraction(state)
         if state is None:
+            assert not blocks, f"{request_id} holds blocks without a state index"
             return blocks
-        del self.owners[state]
-        self.ledger.release(state)
-        # If it is preempted in the step that gave it blocks, the worker must not hear of them.
-        self._starts.pop(state, None)
-        if self._row_updates:
-            self._row_updates = [u for u in self._row_updates if u[0] != state]
-        self.shortages.gone(request_id, blocks)
+        assert len(blocks) == self.ledger.held[state], (request_id, len(blocks))
+        assert_owned(blocks)
+        self.ledger.release(request_id)
+        self.mailbox.forget(state)
+        self.shortages.gone(request_id, blocks[0])
         return blocks
 
     def remove_skipped_blocks(
@@ -162,52 +189,59 @@ class DMSManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         return tuple([] for _ in kv_cache_group_ids), 0
 
-    # The connector's calls.
+    def _take(self, count: int) -> list[KVCacheBlock]:
+        """Blocks from the pool; not those that still name a failed request."""
+        quarantine = self.shortages.quarantine
+        blocks = self.block_pool.get_new_blocks(count)
+        if quarantine:
+            held_back = [b for b in blocks if b.block_id in quarantine]
+            while len(blocks) - len(held_back) < count:
+                (block,) = self.block_pool.get_new_blocks(1)
+                blocks.append(block)
+                if block.block_id in quarantine:
+                    held_back.append(block)
+            blocks = [b for b in blocks if b.block_id not in quarantine]
+            self.block_pool.free_blocks(held_back)
+        assert_owned(blocks)
+        return blocks
 
-    @property
-    def num_usable_blocks(self) -> int:
-        return self.block_pool.num_gpu_blocks - 1  # without the null block
+    # The connector's calls.
 
     def close_step(self, request_ids: Iterable[str]) -> DMSStepMeta:
         """The message to the worker for the step that was just scheduled."""
-        self._next_step += 1
-        step = self.ledger.make_step(self._next_step, [self.states[r] for r in request_ids])
-        if len(step.states):
-            self.in_flight.append(step)
-        meta = DMSStepMeta(
-            step_id=step.step_id,
-            states=step.states.astype(np.int32),
-            row_updates=np.array(self._row_updates, dtype=np.int32).reshape(-1, 3),
-            starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
-            fail_blocks=self.shortages.take_fail_blocks(),
-            fail_requests=self.shortages.take_fail_requests(),
-        )
-        self._row_updates, self._starts = [], {}
-        return meta
+        self._num_steps += 1
+        step = self.ledger.make_step(self._num_steps, tuple(request_ids))
+        nothing_runs = not step.requests and not self.mailbox.in_flight
+        gives_way = self.shortages.resolve_waiting(self.num_usable_blocks, nothing_runs)
+        if gives_way is not None:
+            logger.info(
+                "Session %s with streaming input gives its %d blocks to others while it waits; its "
+                "next turn reads its tokens again.", gives_way, len(self.req_to_blocks[gives_way])
+            )  # fmt: skip
+            self.free(gives_way)
+        self.sessions.start_anew()
+        if nothing_runs and not self.ledger.requests:
+            free = self.block_pool.get_num_free_blocks()
+            assert free == self.num_usable_blocks, f"{self.num_usable_blocks - free} blocks lost"
+        return self.mailbox.post(step)
 
-    def merge(self, step_id: int, report: np.ndarray) -> Growth:
+    def merge(self, report: DMSReport) -> tuple[Step, Growth]:
         """Take in the report of a step and return the blocks that nobody needs any more."""
-        step = self.in_flight.popleft()
-        if step.step_id != step_id:
-            raise RuntimeError(f"report of step {step_id} while step {step.step_id} is due")
-        states, surplus, growth = self.ledger.merge(step, report)
+        step = self.mailbox.receive(report.step_id)
+        surplus, growth = self.ledger.merge(step, report.usage)
         self.live_fraction.add(growth)
-        if surplus.any():
-            self._return_surplus(states, surplus)
-        return growth
-
-    def _return_surplus(self, states: np.ndarray, surplus: np.ndarray) -> None:
-        for i in np.flatnonzero(surplus).tolist():
-            blocks = self.req_to_blocks[self.owners[states.item(i)]]
-            tail = blocks[-surplus.item(i) :]
-            del blocks[-len(tail) :]
+        for request_id, count in surplus:
+            blocks = self.req_to_blocks[request_id]
+            tail = blocks[-count:]
+            del blocks[-count:]
+            assert_owned(tail)
             self.block_pool.free_blocks(reversed(tail))
-            self.returned_blocks += len(tail)
+            self.returned_blocks += count
+        return step, growth
 
     def should_wait(self) -> bool:
         """Whether the running request that just got no blocks is left be; see `shortage`."""
-        if self._paused:
-            self._paused = False
+        if self.sessions.take_pause():
             return True
         wait = self.shortages.should_wait(self.num_usable_blocks)
         # While anyone waits, nobody is admitted.
@@ -216,33 +250,14 @@ class DMSManager(SingleTypeKVCacheManager):
 
     def forget_failed(self, block_ids: Iterable[int]) -> None:
         """The scheduler has ended the owners of these failed blocks."""
-        self.block_pool.free_blocks(self.shortages.release(block_ids))
+        self.shortages.told(block_ids)
 
     def request_finishes(self, request_id: str) -> None:
         """Its blocks are about to be freed for good, not because it is preempted."""
-        self.sessions.pop(request_id, None)
+        self.sessions.close(request_id)
         self._finishing.add(request_id)
 
 
-def check_integrity(manager: DMSManager) -> None:
-    """Every block of the pool is free or owned exactly once; the ledger agrees with the lists."""
-    pool, ledger = manager.block_pool, manager.ledger
-    held = [b for blocks in manager.req_to_blocks.values() for b in blocks]
-    held += manager.shortages.quarantine.values()
-    ids = [b.block_id for b in held]
-    assert len(set(ids)) == len(ids), "a block is owned twice"
-    assert pool.null_block.block_id not in ids, "the null block is owned"
-    assert all(b.ref_cnt == 1 for b in held), "a held block was freed"
-    total = pool.get_num_free_blocks() + len(ids) + 1
-    assert total == pool.num_gpu_blocks, f"{total} blocks of {pool.num_gpu_blocks} accounted for"
-    assert set(manager.states) == {r for r, b in manager.req_to_blocks.items() if b}
-    states = list(manager.states.values())
-    assert len(set(states)) == len(states), "a state index is owned twice"
-    assert manager.owners == {state: request for request, state in manager.states.items()}
-    assert sorted(np.flatnonzero(ledger.owned)) == sorted(states)
-    assert ledger.num_free + len(states) == manager.spec.max_num_seqs
-    for request_id, state in manager.states.items():
-        num_blocks = len(manager.req_to_blocks[request_id])
-        assert num_blocks == ledger.held[state] >= 1
-        assert ledger.pages[state] <= num_blocks * ledger.pages_per_block
-        assert ledger.scheduled_end[state] <= ledger.safe_end[state]
+def assert_owned(blocks: Iterable[KVCacheBlock]) -> None:
+    for block in blocks:
+        assert block.ref_cnt == 1, f"block {block.block_id} has {block.ref_cnt} owners"

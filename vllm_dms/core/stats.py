@@ -5,7 +5,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_dms.core.ledger import Growth
+from vllm_dms.arena.report import Usage
+from vllm_dms.core.ledger import Growth, Step
 from vllm_dms.core.manager import DMSManager
 
 logger = init_logger(__name__)
@@ -15,31 +16,35 @@ SUSPICIOUS_TOKENS = 4096
 
 
 class Stats:
-    """Counters of one scheduler. Tokens are means over the (layer, head) rows."""
+    """Counters of one scheduler. Tokens are means over the (layer, head) rows of all ranks."""
 
     def __init__(self, manager: DMSManager, evict: bool, log_interval: float) -> None:
         self._manager = manager
         self._log_interval = log_interval
         self._next_log = time.monotonic() + log_interval
         self._warn_if_nothing_evicted = evict
-        self._eligible = 0  # past-window slots over all rows
-        self._kept = 0
+        self.eligible_tokens = 0  # that left their window
+        self._kept = 0  # slots of those, over all rows
         self.preemptions = 0
-
-    @property
-    def eligible_tokens(self) -> float:
-        return self._eligible / self._manager.ledger.num_rows
+        # Of finished requests whose last report is still to come: what their clients are told.
+        self._parting: dict[str, dict[str, Any]] = {}
 
     @property
     def evicted_tokens(self) -> float:
-        return (self._eligible - self._kept) / self._manager.ledger.num_rows
+        return self.eligible_tokens - self._kept / self._manager.ledger.all_rows
 
-    def add(self, growth: Growth) -> None:
-        self._eligible += growth.eligible
+    def add(self, step: Step, usage: Usage, growth: Growth) -> None:
+        for request_id, figures in self._parting.items():
+            if request_id in step.requests:
+                i = step.requests.index(request_id)
+                figures.update(self._figures(step.ends.item(i), usage.live.item(i),
+                                             usage.fullest.item(i, 0)))  # fmt: skip
+        self._parting.clear()
+        self.eligible_tokens += growth.eligible
         self._kept += growth.kept
         if self._warn_if_nothing_evicted and self.eligible_tokens >= SUSPICIOUS_TOKENS:
             self._warn_if_nothing_evicted = False
-            if self._kept == self._eligible:
+            if self.evicted_tokens == 0:
                 logger.warning(
                     "DMS: none of the first %d tokens that left their window was evicted, so "
                     "nothing is compressed. Is this a DMS checkpoint with its own window, "
@@ -52,29 +57,44 @@ class Stats:
 
     def line(self) -> str:
         manager, ledger = self._manager, self._manager.ledger
-        running = ledger.owned & (ledger.reported_end > 0)
-        dense = int(ledger.reported_end[running].sum()) * ledger.num_rows
-        live = int(ledger.live[running].sum())
+        running = (ledger.tenancy > 0) & (ledger.reported_end > 0)
+        if running.any():
+            dense = int(ledger.reported_end[running].sum()) * ledger.all_rows
+            compression = dense / int(ledger.live[running].sum())
+            now = f"live compression {compression:.2f}x over {int(running.sum())} running requests"
+        else:
+            now = "no running requests"
         usable = manager.num_usable_blocks
         return (
-            f"DMS: live compression {dense / max(live, 1):.2f}x over {int(running.sum())} running "
-            f"requests, {usable - manager.block_pool.get_num_free_blocks()}/{usable} blocks held, "
-            f"{manager.returned_blocks} returned, {self.preemptions} preemptions, "
-            f"{self.evicted_tokens:.0f} of {self.eligible_tokens:.0f} past-window tokens evicted"
+            f"DMS: {now}, {usable - manager.block_pool.get_num_free_blocks()}/{usable} blocks "
+            f"held, {manager.returned_blocks} returned, {self.preemptions} preemptions, "
+            f"{self.evicted_tokens:.0f} of {self.eligible_tokens} past-window tokens evicted"
         )
 
-    def of_request(self, request_id: str) -> dict[str, Any] | None:
-        """A request's last report, mean over rows; None if none arrived (it may have run for a
-        single step)."""
-        manager, ledger = self._manager, self._manager.ledger
-        state = manager.states.get(request_id)
-        if state is None or not ledger.reported_end[state]:
-            return None
-        dense = int(ledger.reported_end[state])
-        live = float(ledger.live[state]) / ledger.num_rows
+    def of_finished(self, request_id: str) -> dict[str, Any]:
+        """What the client of a request that just finished is told.
+
+        vLLM asks while it takes in the output of the request's last step, and hands it the report
+        of that step next: the figures are filled in then, before they are sent. Those of a request
+        that was aborted between steps are of its last report.
+        """
+        ledger = self._manager.ledger
+        figures: dict[str, Any] = {}
+        state = ledger.state_of(request_id)
+        if state is not None and ledger.reported_end[state]:
+            figures = self._figures(
+                ledger.reported_end.item(state), ledger.live.item(state), ledger.pages.item(state)
+            )
+        self._parting[request_id] = figures
+        return figures
+
+    def _figures(self, num_tokens: int, live: int, pages: int) -> dict[str, Any]:
+        """Tokens stored, slots over all rows, and pages of the fullest rank."""
+        ledger = self._manager.ledger
+        mean = live / ledger.all_rows
         return {
-            "live_tokens": round(live, 2),
-            "dense_tokens": dense,
-            "compression": round(dense / live, 3),
-            "blocks": len(manager.req_to_blocks[request_id]),
+            "live_tokens": round(mean, 2),
+            "dense_tokens": num_tokens,
+            "compression": round(num_tokens / mean, 3),
+            "blocks": -(-pages // ledger.pages_per_block),
         }

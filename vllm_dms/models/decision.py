@@ -4,8 +4,6 @@
 where the token is stored (`reference.decide` says in which arithmetic).
 """
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -16,8 +14,6 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 import vllm_dms.models.adapter_op  # noqa: F401 registers torch.ops.vllm_dms.alpha
 from vllm_dms.config import DMSConfig
 from vllm_dms.gates import settings_in
-
-DMS_WEIGHT_PREFIX = "dms_"
 
 
 def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
@@ -31,25 +27,31 @@ def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
 class BorrowedChannel(nn.Module):
     """The last channel of the first query head of each group carries the decision.
 
-    It is 0 in attention, and zeroed both before and after RoPE: before, or RoPE would mix it into
-    its partner channel; after, or the partner would leak into it.
+    NVIDIA's models have it 0 in attention, so it is zeroed both before and after RoPE: before, or
+    RoPE would mix it into its partner channel; after, or the partner would leak into it. FastDMS
+    zeroes it before RoPE only, or never.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, per_layer: bool) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, config: DMSConfig) -> None:
         """Of this rank, which has whole groups: `gates` sees to it."""
         super().__init__()
-        self.group = num_heads // num_kv_heads
-        self.per_layer = per_layer
+        self.num_heads, self.group = num_heads, num_heads // num_kv_heads
+        self.per_layer = config.alpha_per == "layer"
+        self.zero_before, self.zero_after = config.zero != "never", config.zero == "both"
         borrowed = torch.zeros(num_heads, head_dim, dtype=torch.bool)
         borrowed[:: self.group, -1] = True
-        self.register_buffer("borrowed", borrowed, persistent=False)
+        self.register_buffer("borrowed", borrowed.flatten(), persistent=False)
 
-    def read(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha [T, H], cleared query) of the query heads [T, H * G, D] before RoPE."""
-        alpha = query[:, :: self.group, -1]
+    def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha [T, H], query to rotate) of the query [T, H * G * D] after its norm."""
+        alpha = query.unflatten(-1, (self.num_heads, -1))[:, :: self.group, -1]
         if self.per_layer:
             alpha = alpha[:, :1].expand_as(alpha)
-        return alpha.contiguous(), self.clear(query)
+        return alpha.contiguous(), self.clear(query) if self.zero_before else query
+
+    def rotated(self, query: torch.Tensor) -> torch.Tensor:
+        """The query for attention, of the query after RoPE."""
+        return self.clear(query) if self.zero_after else query
 
     def clear(self, query: torch.Tensor) -> torch.Tensor:
         return query.masked_fill(self.borrowed, 0.0)
@@ -59,8 +61,8 @@ class AlphaAdapter:
     """Reads the decision from the hidden state before `input_layernorm`.
 
     Not a module: the checkpoint keeps the adapter's weights on the attention layer itself, as
-    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``. Every rank computes all heads (a few rows) and
-    keeps its own.
+    ``dms_proj_alpha`` and ``dms_proj_alpha_norm``; most have no bias, and then it is zero. Every
+    rank computes all heads (a few rows) and keeps its own.
     """
 
     def __init__(
@@ -68,13 +70,12 @@ class AlphaAdapter:
         total_kv_heads: int,
         num_kv_heads: int,
         hidden_size: int,
-        bias: bool,
         eps: float,
         per_layer: bool,
         prefix: str,
     ) -> None:
         self.proj = ReplicatedLinear(
-            hidden_size, total_kv_heads, bias=bias, prefix=f"{prefix}.dms_proj_alpha"
+            hidden_size, total_kv_heads, bias=True, prefix=f"{prefix}.dms_proj_alpha"
         )
         self.norm = RMSNorm(hidden_size, eps=eps)
         self.num_kv_heads = num_kv_heads
@@ -85,50 +86,23 @@ class AlphaAdapter:
         # One launch instead of several for the few tokens of a decode step.
         self.fused = self.proj.weight.device.type == "cuda"
 
-    def read(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """alpha [T, H] of the residual stream [T, hidden]."""
+    def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha [T, H], query) of the residual stream [T, hidden] and of the query."""
         if self.fused:
             alpha = torch.ops.vllm_dms.alpha(
-                hidden_states,
+                stream,
                 self.norm.weight,
                 self.proj.weight,
                 self.proj.bias,
                 self.norm.variance_epsilon,
             )
         else:
-            alpha, _ = self.proj(self.norm(hidden_states))
+            alpha, _ = self.proj(self.norm(stream))
         if self.per_layer:
-            return alpha[:, :1].expand(-1, self.num_kv_heads).contiguous()
-        return alpha[:, self.first_head : self.first_head + self.num_kv_heads].contiguous()
+            alpha = alpha[:, :1].expand(-1, self.num_kv_heads)
+        else:
+            alpha = alpha[:, self.first_head : self.first_head + self.num_kv_heads]
+        return alpha.contiguous(), query
 
-
-def check_dms_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], config: DMSConfig | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass weights on; drop the adapter's when serving densely; refuse what the config denies."""
-    for name, weight in weights:
-        if name.rsplit("self_attn.", 1)[-1].startswith(DMS_WEIGHT_PREFIX):
-            if config is None:
-                continue
-            if not config.adapter:
-                raise ValueError(
-                    f"the checkpoint has the adapter weight {name}, but its config says that the "
-                    "decision is borrowed from a query channel (dms_separate_alpha is false). Set "
-                    '"dms_separate_alpha": true in config.json or remove the weight.'
-                )
-        yield name, weight
-
-
-def require_dms_weights(model: nn.Module, loaded: set[str], config: DMSConfig | None) -> None:
-    """Refuse a checkpoint that lacks adapter weights: an adapter left random evicts at random."""
-    if config is None or not config.adapter:
-        return
-    names = [n for n, _ in model.named_parameters() if f"self_attn.{DMS_WEIGHT_PREFIX}" in n]
-    missing = sorted(set(names) - loaded)
-    if missing:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} of {len(names)} DMS adapter weights, first "
-            f"{missing[0]}; its config says dms_separate_alpha: true. Use a complete checkpoint "
-            "(NVIDIA Model-Optimizer format), or set dms_separate_alpha to false if the decision "
-            "is in a query channel."
-        )
+    def rotated(self, query: torch.Tensor) -> torch.Tensor:
+        return query  # nothing of it was borrowed

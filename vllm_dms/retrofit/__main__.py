@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         required=True,
-        help="directory for the checkpoint; training/ holds the log",
+        help="directory for the adapter, or the checkpoint with --merge; training/ holds the log",
     )
     for field in fields(Recipe):
         parser.add_argument(
@@ -64,9 +64,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the frozen weights while training "
         "(default: bfloat16 on a GPU, float32 on a CPU or with --train all)",
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write a whole checkpoint, not an adapter over MODEL (always so with --dialect "
+        "borrowed or --train all)",
+    )
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="how the adapter names its base, such as Qwen/Qwen3-8B (default: MODEL's path)",
+    )
     parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute layers: less memory"
+        "--recompute",
+        type=int,
+        metavar="LAYERS",
+        help="layers that keep little and compute the rest again for the gradients: less memory "
+        "(default: as many as this GPU needs)",
     )
     parser.add_argument(
         "--deterministic",
@@ -106,6 +121,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
+def merged(args: argparse.Namespace, recipe: Recipe) -> bool:
+    """True: the output is a whole checkpoint. Only frozen weights can be left to their owner."""
+    return args.merge or recipe.dialect == "borrowed" or recipe.train == "all"
+
+
 def retrofit(args: argparse.Namespace) -> dict:
     """The whole command; -> the final evaluation."""
     from transformers import AutoTokenizer
@@ -127,7 +147,7 @@ def retrofit(args: argparse.Namespace) -> dict:
         )
     train_rows, eval_rows = rows[: len(rows) - args.eval_rows], rows[len(rows) - args.eval_rows :]
     work = args.out / "training"
-    trainer = Trainer(model, train_rows, recipe, work, checkpointing=args.gradient_checkpointing)
+    trainer = Trainer(model, train_rows, recipe, work, recompute=args.recompute)
     print(
         f"{len(train_rows)} rows of {recipe.length} tokens; "
         f"{sum(p.numel() for p in trainer.trained.values())} trained parameters in "
@@ -145,9 +165,12 @@ def retrofit(args: argparse.Namespace) -> dict:
         "evaluation": result,
     }
     (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    checkpoint.save(
-        model, trainer.dms, recipe.tau, args.model, args.out, getattr(torch, args.save_dtype)
-    )
+    save_dtype = getattr(torch, args.save_dtype)
+    if merged(args, recipe):
+        checkpoint.save_merged(model, trainer.dms, recipe.tau, args.model, args.out, save_dtype)
+    else:
+        base = args.base_name or str(args.model.resolve())
+        checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype)
     if not plot_log(work / LOG, work / "curves.png"):
         print("no plot: matplotlib is not installed")
     print(json.dumps(result))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_dms.adapters import find_adapter_tensors, nvidia_keys, write_adapter
 from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig
 
 # Everything else in a model directory that a server or a client reads.
@@ -47,38 +48,6 @@ def load_dense(path: Path, dtype: torch.dtype) -> nn.Module:
             "model."
         )
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-
-
-def load_dms(path: Path, dtype: torch.dtype) -> tuple[nn.Module, DMSConfig]:
-    """A checkpoint written by `save`, with its adapter weights where `forward` looks for them."""
-    raw = json.loads((path / "config.json").read_text())
-    dms = DMSConfig.from_checkpoint(raw)
-    if dms is None:
-        raise ValueError(f"{path} has no dms_* keys in config.json: it is not a DMS checkpoint.")
-    base = next(a for a in SUPPORTED_ARCHITECTURES if raw["architectures"][0].startswith(a))
-    config = AutoConfig.from_pretrained(path, architectures=[base])
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    if dms.adapter:
-        _add_adapters(model)
-        missing, _ = model.load_state_dict(_dms_weights(path), strict=False)
-        absent = [name for name in missing if "dms_" in name]
-        if absent:
-            raise ValueError(
-                f"{path} lacks weights that its config.json promises: {', '.join(absent)}."
-            )
-        model.to(dtype)
-    return model, dms
-
-
-def _dms_weights(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
-    found = {}
-    for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, "pt") as tensors:
-            names = [name for name in tensors.keys() if "dms_" in name]  # noqa: SIM118 - no dict
-            found |= {name: tensors.get_tensor(name) for name in names}
-    return found
 
 
 def _add_adapters(model: nn.Module) -> None:
@@ -134,11 +103,30 @@ def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.P
     return trained
 
 
-def save(
+def save_adapter(
+    model: nn.Module,
+    dms: DMSConfig,
+    tau: float,
+    base: str,
+    out: Path,
+    dtype: torch.dtype,
+    readme: str = "",
+) -> None:
+    """Writes `out`: what decides alone, over the model that `base` names."""
+    state = model.state_dict()
+    tensors = {name: state[name].to(dtype) for name in find_adapter_tensors(state)}
+    config = model.config.to_dict()
+    write_adapter(out, nvidia_keys(dms, tau), tensors, base, config, readme)
+
+
+def save_merged(
     model: nn.Module, dms: DMSConfig, tau: float, source: Path, out: Path, dtype: torch.dtype
 ) -> None:
     """Writes `out`: weights in `dtype`, config.json with NVIDIA's keys, `source`'s tokenizer."""
     state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        # Converted apart, the two are no longer seen to be one.
+        state.pop("lm_head.weight", None)
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}.self_attn."
         rows = state.pop(prefix + ROWS, None)
@@ -152,14 +140,7 @@ def save(
     config |= {
         "architectures": [base + "DMS" if dms.adapter else base],
         "dtype": str(dtype).removeprefix("torch."),
-        "dms_alpha_scale": dms.alpha_scale,
-        "dms_initial_alpha_offset": dms.alpha_offset,
-        "dms_window_size": dms.window,
-        "dms_cr": dms.nominal_ratio,
-        "dms_disable_eviction": False,
-        "dms_separate_alpha": dms.adapter,
-        "dms_alpha_per": dms.alpha_per,
-        "dms_tau": tau,
+        **nvidia_keys(dms, tau),
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in TOKENIZER_FILES:

@@ -15,6 +15,7 @@ from .checkpoint import prepare
 from .forward import forward
 from .gates import GumbelSigmoid, hard
 from .losses import forward_kl, live_compression
+from .memory import layers_to_recompute
 from .recipe import Recipe
 
 STATE, LOG = "state.pt", "log.jsonl"
@@ -31,10 +32,9 @@ class Trainer:
         recipe: Recipe,
         work: Path,
         *,
-        checkpointing: bool = False,
+        recompute: int | None = None,
     ):
         self.model, self.rows, self.recipe, self.work = model, rows, recipe, work
-        self.checkpointing = checkpointing
         self.dms = recipe.dms()
         # With the base frozen and no channel borrowed, the student without its mask is the teacher.
         shared = recipe.train == "decisions" and recipe.dialect == "adapter"
@@ -46,6 +46,9 @@ class Trainer:
         self.device = model.device
         # fp32 weights are trained under bf16 autocast on a GPU; bf16 weights need none.
         self.autocast = self.device.type == "cuda" and model.dtype == torch.float32
+        if recompute is None:
+            recompute = layers_to_recompute(model, recipe.micro_batch * recipe.length)
+        self.recompute = recompute
         self.step, self.seconds = 0, 0.0
         work.mkdir(parents=True, exist_ok=True)
 
@@ -153,7 +156,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             with torch.no_grad():
                 teacher = forward(self.teacher, ids, None).hidden
-            student = forward(self.model, ids, self.dms, gate, checkpointing=self.checkpointing)
+            student = forward(self.model, ids, self.dms, gate, recompute=self.recompute)
             kl = forward_kl(student.hidden, teacher, self.model.lm_head, self.teacher.lm_head)
         return kl.mean(), student.evict
 

@@ -1,0 +1,135 @@
+"""A real `vllm serve`: two front ends before one engine, seen from outside."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import pytest
+
+import vllm_dms
+
+TINY = Path(vllm_dms.__file__).parent / "assets" / "tiny"
+WINDOW = 64  # of that checkpoint
+START_SECONDS = 600  # when other tests of the machine run beside it
+ARGS = [
+    *("--served-model-name", "tiny", "--host", "127.0.0.1", "--dtype", "float32"),
+    *("--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(32 << 20), "--gpu-memory-utilization", "0.3"),
+    *("--kv-cache-dtype", "dms", "--api-server-count", "2"),
+]
+ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+LONG = "The tired guest tasted the soup in the kitchen, because the storm came. " * 6
+
+
+class Server:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def post(self, path: str, **body) -> str:
+        """A connection of its own, so that either front end may answer."""
+        data = json.dumps({"model": "tiny", "temperature": 0, **body}).encode()
+        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=120) as answer:
+            return answer.read().decode()
+
+    def complete(self, prompt, **body) -> dict:
+        body = {"max_tokens": 20, "ignore_eos": True, **body}
+        return json.loads(self.post("/v1/completions", prompt=prompt, **body))
+
+    def metrics(self) -> dict[str, float]:
+        with urlopen(self.url + "/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        samples = re.findall(r'^vllm:dms_(\w+){.*engine="0".*} (\S+)$', text, re.M)
+        assert len(dict(samples)) == len(samples), "one engine, so one sample of each"
+        return {name: float(value) for name, value in samples}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(TINY)]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *ARGS, "--port", str(port)],
+            env=os.environ | ENV,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (URLError, OSError):
+                time.sleep(0.2)
+        yield Server(port)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_metrics_add_up_over_front_ends_and_are_what_clients_were_told(server):
+    before = server.metrics()
+    assert before["info"] == 1 and before["evicted_tokens_total"] == 0
+    figures = [server.complete(LONG)["kv_transfer_params"]["dms"] for _ in range(8)]
+    after = server.metrics()
+    past = sum(f["dense_tokens"] - (WINDOW + 1) for f in figures)
+    evicted = sum(f["dense_tokens"] - f["live_tokens"] for f in figures)
+    # The last steps' reports can come when the request is gone.
+    slack = 4 * len(figures)
+    assert past - slack <= after["eligible_tokens_total"] <= past
+    assert evicted - slack <= after["evicted_tokens_total"] <= evicted + 0.1
+    assert after["held_blocks"] == after["live_tokens"] == after["dense_tokens"] == 0
+    assert after["usable_blocks"] > 0
+
+
+# Where a client finds the figures of its request.
+
+
+@pytest.mark.slow
+def test_a_list_of_prompts_has_the_figures_of_its_first(server):
+    for prompts in ([LONG, "short"], ["short", LONG]):
+        figures = server.complete(prompts)["kv_transfer_params"]["dms"]
+        assert (figures["dense_tokens"] > 100) == (prompts[0] == LONG)
+
+
+@pytest.mark.slow
+def test_an_answer_ended_by_a_stop_string_has_none(server):
+    """The front end finds the string and aborts the request."""
+    answer = server.complete(LONG, stop=["."], max_tokens=60)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["kv_transfer_params"] is None
+
+
+@pytest.mark.slow
+def test_streams_have_none_but_those_of_responses(server):
+    body = {"max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
+    message = {"messages": [{"role": "user", "content": "hello"}]}
+    assert "kv_transfer" not in server.post("/v1/completions", prompt="hello", **body)
+    assert "kv_transfer" not in server.post("/v1/chat/completions", **message, **body)
+    events = server.post("/v1/responses", input=LONG, max_output_tokens=8, stream=True)
+    last = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")][-1]
+    assert last["type"] == "response.completed"
+    assert last["response"]["kv_transfer_params"]["dms"]["dense_tokens"] > 100

@@ -1,0 +1,68 @@
+"""What the scheduler tells the worker with the next step, and the steps whose reports are due."""
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from vllm_dms.arena.messages import DMSStepMeta
+from vllm_dms.core.ledger import Step
+
+
+class Mailbox:
+    """Messages are filled while a step is scheduled, and posted with it, in the order of steps."""
+
+    def __init__(self) -> None:
+        self.in_flight: deque[Step] = deque()
+        self._row_updates: list[tuple[int, int, int]] = []
+        self._starts: dict[int, int] = {}
+        self._fail_blocks: list[int] = []
+        self._fail_requests: list[str] = []
+
+    def start(self, state: int, first: KVCacheBlock) -> None:
+        """The device finds the state index by the request's first block."""
+        self._starts[state] = first.block_id
+
+    def give(self, state: int, position: int, blocks: Iterable[KVCacheBlock]) -> None:
+        """More blocks for the row of a state index, from ``position`` on."""
+        self._row_updates.extend(
+            (state, position + i, block.block_id) for i, block in enumerate(blocks)
+        )
+
+    def forget(self, state: int) -> None:
+        """Its request is gone, perhaps preempted in the step that gave it blocks: the worker must
+        not hear of them."""
+        self._starts.pop(state, None)
+        if self._row_updates:
+            self._row_updates = [u for u in self._row_updates if u[0] != state]
+
+    def fail_running(self, first: KVCacheBlock) -> None:
+        """Have the worker name this block as failed: vLLM ends the running request that owns it."""
+        self._fail_blocks.append(first.block_id)
+
+    def fail_waiting(self, request_id: str) -> None:
+        """Have the worker say that a transfer failed for which this request waits."""
+        self._fail_requests.append(request_id)
+
+    def post(self, step: Step) -> DMSStepMeta:
+        if len(step.states):
+            self.in_flight.append(step)
+        meta = DMSStepMeta(
+            step_id=step.step_id,
+            states=step.states.astype(np.int32),
+            row_updates=np.array(self._row_updates, dtype=np.int32).reshape(-1, 3),
+            starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
+            fail_blocks=frozenset(self._fail_blocks),
+            fail_requests=frozenset(self._fail_requests),
+        )
+        self._row_updates, self._starts = [], {}
+        self._fail_blocks, self._fail_requests = [], []
+        return meta
+
+    def receive(self, step_id: int) -> Step:
+        """The step that this report is of: reports arrive in the order of steps."""
+        step = self.in_flight.popleft()
+        if step.step_id != step_id:
+            raise RuntimeError(f"report of step {step_id} while step {step.step_id} is due")
+        return step

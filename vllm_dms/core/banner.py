@@ -18,7 +18,7 @@ def expected_live_tokens(config: DMSConfig, num_tokens: int) -> float:
 def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len: int) -> str:
     """A few lines; ``num_blocks`` is the pool without vLLM's null block."""
     layout = spec.layout
-    side_bytes = layout.side_bytes(spec.max_num_seqs, spec.max_chunk_tokens)
+    side_bytes = layout.side_bytes(spec.max_num_seqs, spec.max_chunk_tokens, num_blocks)
     pool_bytes = num_blocks * layout.block_bytes
     dense = num_blocks / spec.dense_blocks(max_model_len)
     live = expected_live_tokens(config, max_model_len)

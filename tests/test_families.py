@@ -62,16 +62,6 @@ def test_every_family_is_here_and_in_the_readme():
     assert all(re.search(rf"\b{family.name}\b(?!-)", row) for family in FAMILIES)
 
 
-@pytest.fixture
-def expert_group(monkeypatch):
-    """vLLM makes its groups of ranks once per process, that of experts only for a model with them.
-    Of one rank, all groups are the same."""
-    from vllm.distributed import parallel_state
-
-    if parallel_state._EP is None and parallel_state._TP is not None:
-        monkeypatch.setattr(parallel_state, "_EP", parallel_state.get_tp_group())
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_families_are_exact_chunked_batched_and_preempted(

@@ -4,9 +4,8 @@ import logging
 import re
 
 import pytest
-from checkpoints import make_checkpoint, random_tokens
+from checkpoints import random_tokens
 from engines import edit_config, engine_args, engine_config, generate, sampling
-from safetensors.torch import load_file, save_file
 from vllm import envs
 
 REFUSED = {
@@ -125,26 +124,6 @@ def test_odd_checkpoints_are_refused_by_name(checkpoint, tmp_path, changes, name
 def test_a_model_without_dms_is_refused_with_what_is_supported(checkpoint):
     with pytest.raises(ValueError, match=r"no DMS settings(?s:.)*dms_window_size"):
         engine_config(checkpoint("dense"))
-
-
-@pytest.mark.parametrize(
-    ("dialect", "drop", "add", "named"),
-    [
-        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 4"),
-        ("nvidia-borrowed", None, "model.layers.0.self_attn.dms_proj_alpha.weight", "dms_separate"),
-    ],
-    ids=["absent", "left over"],
-)
-def test_adapter_weights_must_match_the_config(make_engine, tmp_path, dialect, drop, add, named):
-    path = make_checkpoint(tmp_path / "weights", dialect)
-    weights = load_file(path / "model.safetensors")
-    if drop:
-        del weights[drop]
-    if add:
-        weights[add] = weights["model.layers.0.self_attn.k_proj.weight"][:2].clone()
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=named):
-        make_engine(path, **engine_args(96))
 
 
 def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):

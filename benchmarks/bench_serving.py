@@ -1,10 +1,11 @@
 """Serving benchmark: vLLM's own caches and DMS, on the same weights, pool and requests.
 
     python benchmarks/synthetic.py Qwen3-8B --out /tmp/qwen3-8b
-    python benchmarks/bench_serving.py --model /tmp/qwen3-8b --arms bf16,dms --pool-gib 110
+    python benchmarks/bench_serving.py --model /tmp/qwen3-8b --pool-gib 106 --out /tmp/run \\
+        --arms bf16,dms --workloads decode-8k,serve-1024-512
 
-Results are written after every measurement: RESULTS/<run_id>.json, and RESULTS/summary.json with
-the latest run of every workload. README.md beside this says what the workloads are.
+OUT/run.json is written after every measurement. Another command with the same --out adds arms or
+workloads to the run. README.md beside this says what the workloads are.
 """
 
 import argparse
@@ -12,137 +13,72 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import serving_run
-from serving_plan import WORKLOADS, Plan
-from serving_process import end_on_signals, run_engine
+import offline
+import processes
+import steps
+import through_server
+from arms import ARMS, engine_args
+from offline import PREFILL, THROUGHPUT
+from processes import RunError
+from record import Record
+from through_server import SERVED
 
-HERE = Path(__file__).resolve().parent
-GIB = 1 << 30
-FULL_REASON_REQUESTS = 256
-# Options that all parts of a run have in common.
-COMMON = ("pool_gib", "levels", "max_requests", "chunk", "steps", "reason_requests", "one_engine",
-          "dms", "eager", "unit", "seed")  # fmt: skip
-# vLLM captures graphs up to 512 requests. More are run here, so all arms get these as well.
-WIDE_BATCHES = range(576, 1025, 64)
-
-
-@dataclass(frozen=True)
-class Arm:
-    checkpoint: str  # subdirectory of what synthetic.py made
-    kv_cache_dtype: str
-    dms: dict[str, Any] | None = None  # "dms" of --additional-config; None: without the plugin
+WORKLOADS = (*steps.DECODE, *PREFILL, *THROUGHPUT, *SERVED, *steps.HOST)
+# Options that all commands of a run have in common.
+COMMON = ("pool_gib", "max_requests", "chunk", "steps", "dms", "eager", "scale", "seed")
 
 
-ARMS = {
-    "bf16": Arm("dense", "auto"),
-    "fp8": Arm("dense", "fp8"),
-    "dms_noevict": Arm("dms", "dms", {"evict": False}),
-    "dms": Arm("dms", "dms", {}),
-    "dms_fp8": Arm("dms", "dms_fp8", {}),
-}
+class Group(NamedTuple):
+    """Workloads that share an engine."""
+
+    name: str
+    workloads: list[str]
+    limits: dict[str, int]
+    measure: Callable
 
 
-def capture_sizes(max_num_seqs: int) -> list[int]:
-    """vLLM's own list, continued beyond 512."""
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *WIDE_BATCHES]
-    return sorted({*(s for s in sizes if s < max_num_seqs), min(max_num_seqs, sizes[-1])})
-
-
-def engine_args(arm: Arm, model: Path, plan: Plan, pool_bytes: int, options: argparse.Namespace):
-    """Keyword arguments of EngineArgs; what is not here is vLLM's default."""
-    args: dict[str, Any] = {
-        "model": str(model / arm.checkpoint),
-        "dtype": "bfloat16",
-        "kv_cache_dtype": arm.kv_cache_dtype,
-        "kv_cache_memory_bytes": pool_bytes,
-        "max_model_len": plan.max_model_len,
-        "max_num_seqs": plan.max_requests,
-        "max_num_batched_tokens": plan.chunk,
-        "enable_prefix_caching": False,
-        "skip_tokenizer_init": True,
-        "seed": 0,
-    }
-    if options.eager:
-        args["enforce_eager"] = True
-    else:
-        sizes = capture_sizes(plan.max_requests)
-        args["compilation_config"] = {"cudagraph_capture_sizes": sizes}
-    if arm.dms is not None:
-        args["additional_config"] = {"dms": {**options.dms, **arm.dms}}
-    return args
-
-
-def plans(options: argparse.Namespace) -> list[tuple[str, Plan, int]]:
-    """(name, plan, pool bytes) of the engines that the chosen workloads need."""
-    base = Plan(
-        workloads=[],
-        levels=options.levels,
-        window_steps=options.steps,
-        max_requests=options.max_requests,
-        chunk=options.chunk,
-        unit=options.unit,
-    )
-    pool = int(options.pool_gib * GIB)
-    long = [w for w in options.workloads if w in ("prefill-32k", "prefill-128k")]
-    short = [w for w in options.workloads if w not in (*long, "reason-1k-8k")]
-    if options.one_engine and short:
-        short, long = short + long, []
-    chosen = []
-    if short:
-        chosen.append(("8k", replace(base, workloads=short), pool))
-    if long:
-        chosen.append(("long", replace(base, workloads=long, max_requests=8), pool))
-    if "reason-1k-8k" in options.workloads:
-        n = options.reason_requests
-        plan = replace(base, workloads=["reason-1k-8k"], max_requests=n, reason_requests=n)
-        chosen.append(("reason", plan, pool * n // FULL_REASON_REQUESTS))
-    return chosen
-
-
-def start_report(
-    options: argparse.Namespace, common: tuple[str, ...], new: list[serving_run.Series]
-) -> dict[str, Any]:
-    """A new run, or the next part of one; ``new``: what it is going to measure."""
-    settings = {name: vars(options)[name] for name in common}
-    report = serving_run.new_report(options.run_id, options.commit, options.model, settings)
-    if options.earlier:
-        report = serving_run.continued(options.earlier, report, new)
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.logs.mkdir(parents=True, exist_ok=True)
-    return report
+def groups(options: argparse.Namespace) -> list[Group]:
+    found = []
+    for name, members in (("steps", steps.DECODE), ("host", steps.HOST)):
+        if chosen := [w for w in members if w in options.workloads]:
+            limits = steps.Plan.of(chosen, options).limits()
+            found.append(Group(name, chosen, limits, steps.measure))
+    for workload in (*PREFILL, *THROUGHPUT):
+        if workload in options.workloads:
+            limits = offline.limits(workload, options.scale)
+            found.append(Group(workload, [workload], limits, offline.measure))
+    if chosen := [w for w in SERVED if w in options.workloads]:
+        limits = {"max_model_len": 16384 // options.scale, "max_num_seqs": options.max_requests}
+        found.append(Group("server", chosen, limits, through_server.measure))
+    return found
 
 
 def run(options: argparse.Namespace) -> list[str]:
     """Returns what went wrong."""
-    started = time.monotonic()
-    levels = {"decode-8k": options.levels}
-    new = [(arm, w, levels.get(w, [])) for arm in options.arms for w in options.workloads]
-    report, errors = start_report(options, COMMON, new), []
-    engines = [(*plan, arm) for plan in plans(options) for arm in options.arms]
-    for left, (group, plan, pool, arm_name) in zip(
-        range(len(engines), 0, -1), engines, strict=True
-    ):
-        arm = ARMS[arm_name]
-        args = engine_args(arm, options.model, plan, pool, options)
-        record = serving_run.new_engine(report, arm_name, group, args)
-        spec = {
-            "engine": args,
-            "measure": "serving_workloads",
-            "plan": asdict(plan),
-            "seed": options.seed,
-        }
-        remaining = options.seconds - (time.monotonic() - started)
-        name, seconds = f"{report['run_id']}-{arm_name}-{group}", remaining / left
-        updates = run_engine(name, spec, arm.dms is not None, options.logs, seconds)
-        errors.append(serving_run.keep(report, arm_name, record, updates, options.results))
-    return [error for error in errors if error]
+    deadline = time.monotonic() + options.seconds
+    settings = {name: vars(options)[name] for name in COMMON}
+    record, errors = Record(options.out, options.model, settings, options.commit), []
+    record.make_room(options.arms, options.workloads)
+    for group, name in itertools.product(groups(options), options.arms):
+        arm = ARMS[name]
+        engine = record.engine(name, group.name, engine_args(arm, options, group.limits))
+        try:
+            for row in group.measure(arm, group.workloads, engine, options, deadline):
+                record.add(engine, row)
+            engine["complete"] = True
+        except RunError as error:
+            engine["error"] = str(error)
+            errors.append(f"{name} did not measure all of {', '.join(group.workloads)}: {error}")
+        engine["log"] = processes.telling_lines(options.out / f"{name}-{group.name}.log")
+        record.write()
+    return errors
 
 
-def names_of(choices) -> Any:
+def names_of(choices: Any) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         unknown = sorted(set(names) - set(choices))
@@ -153,56 +89,28 @@ def names_of(choices) -> Any:
     return parse
 
 
-def rising(text: str) -> list[int]:
-    numbers = [int(n) for n in text.split(",")]
-    if numbers[0] < 1 or any(b <= a for a, b in itertools.pairwise(numbers)):
-        raise argparse.ArgumentTypeError(f"{text}: numbers from 1 on, each above the one before")
-    return numbers
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="directory made by synthetic.py")
-    parser.add_argument("--arms", type=names_of(ARMS), default=list(ARMS))
-    parser.add_argument("--workloads", type=names_of(WORKLOADS), default=list(WORKLOADS[:4]))
-    parser.add_argument("--levels", type=rising, default=[1, 8, 32, 64],
-                        help="concurrency of decode-8k, rising")  # fmt: skip
-    parser.add_argument("--pool-gib", type=float, required=True, help="KV pool of every arm")
-    parser.add_argument("--max-requests", type=int, default=1024, help="max_num_seqs")
-    parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens; the "
-                        "default is that of vllm serve on an H200")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=64, help="decode steps of a measurement")
-    parser.add_argument("--reason-requests", type=int, default=64, help="requests of reason-1k-8k; "
-                        "the pool is scaled alike: --pool-gib is for 256")  # fmt: skip
-    parser.add_argument("--one-engine", action="store_true",
-                        help="long prompts in the engine of the 8k workloads")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=560, help="time for the whole run")
-    parser.add_argument("--dms", type=json.loads, default={}, help='"dms" of --additional-config')
-    parser.add_argument("--eager", action="store_true", help="no compilation, no graphs")
-    parser.add_argument("--unit", type=int, default=1024, help='tokens in a "k"; for rehearsals')
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    add_report_options(parser)
-    return with_results(parser.parse_args(argv))
-
-
-def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """Where a run comes from, and where it goes."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run-id", help="default: the time")
-    which.add_argument("--continue", dest="earlier", type=Path, metavar="RUN_ID.json", help="add "
-                       "arms or workloads to this run, on the same machine")  # fmt: skip
-    parser.add_argument("--commit", help="where there is no .git to ask")
-    parser.add_argument("--results", type=Path, help="directory; default: that of the run which is "
-                        "continued, else results/ here")  # fmt: skip
-    parser.add_argument("--logs", type=Path, default=Path("/tmp/vllm-dms-bench"))
-
-
-def with_results(options: argparse.Namespace) -> argparse.Namespace:
-    if options.results is None:
-        options.results = options.earlier.parent if options.earlier else HERE / "results"
-    return options
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="directory made by synthetic.py")
+    add("--out", type=Path, required=True, help="directory of the run")
+    add("--pool-gib", type=float, required=True, help="KV pool of every arm")
+    add("--arms", type=names_of(ARMS), default=list(ARMS), help=", ".join(ARMS))
+    add("--workloads", type=names_of(WORKLOADS), required=True, help=", ".join(WORKLOADS))
+    rising = {"type": lambda text: sorted({int(n) for n in text.split(",")})}
+    add("--levels", **rising, default=[1, 8, 32, 64], help="concurrencies of decode-8k")
+    add("--max-requests", type=int, default=1024, help="max_num_seqs where a workload sets none")
+    add("--chunk", type=int, default=8192, help="max_num_batched_tokens; vllm serve's on an H100")
+    add("--steps", type=int, default=64, help="decode steps of a measurement")
+    add("--seconds", type=float, default=560, help="time for the whole command")
+    add("--dms", type=json.loads, default={}, help='"dms" of --additional-config')
+    add("--eager", action="store_true", help="no compilation, no graphs")
+    add("--scale", type=int, default=1, help="divides all lengths; for rehearsals")
+    add("--seed", type=int, default=0, help="of the prompts")
+    add("--commit", help="where there is no .git to ask")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    end_on_signals()
+    processes.end_on_signals()
     sys.exit("\n".join(run(parse_args())) or None)

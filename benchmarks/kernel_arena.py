@@ -1,15 +1,22 @@
-"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens."""
+"""A full arena for `bench_kernels`, built directly, without feeding thousands of tokens. Only this
+file knows the backend's insides."""
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
+from vllm_dms.backend.kernels.arguments import can_overlap
+from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.triton_ops import TritonOps, Tuning
+from vllm_dms.backend.torch_pages import locate_slots
+from vllm_dms.backend.torch_store import list_pages
+from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
 HEADS, GROUP, HEAD_DIM, WINDOW, PAGE, BLOCK = 8, 4, 128, 512, 64, 16
@@ -62,11 +69,14 @@ class Arena:
         self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
         self._fill(batch, headroom)
         self._make_inputs(batch)
-        self.use(None)
-
-    def use(self, tuning: Tuning | None) -> None:
-        tokens, heads = self.batch.num_tokens, HEADS * GROUP
-        self.ops = TritonOps(self.layout, tokens, MAX_SEQS, heads, self.device, tuning)
+        tuning = default_tuning(self.layout)
+        schedule = allocate_schedule(
+            self.layout, MAX_SEQS, HEADS * GROUP, tuning, torch.device(device)
+        )
+        own = (schedule, tuning, can_overlap(torch.device(device)))
+        self.ops = TritonOps(self.state, self.scratch, self.config, SCALE, *own)
+        self.plain = TorchOps(self.state, self.scratch, self.config, SCALE)
+        self.ops.begin_step(self.batch)
 
     def _fill(self, batch: int, headroom: int) -> None:
         """Random K and V; a request's pages in random order, as its rows grew side by side."""
@@ -96,15 +106,17 @@ class Arena:
             used = int(pages[b].sum())
             index = torch.randperm(used)
             ids = blocks[index // layout.pages_per_block] * layout.pages_per_block
-            ids = (ids + index % layout.pages_per_block).int()
-            table = torch.zeros(layout.num_rows, layout.max_pages_per_row, dtype=torch.int32)
-            table[torch.arange(table.shape[1]) < pages[b].flatten().unsqueeze(1)] = ids
-            state.page_table[b + 1] = table.view(self.num_layers, HEADS, -1)
+            ids = (ids + index % layout.pages_per_block).to(device)
+            rows = ids.split(pages[b].flatten().tolist())
+            for row, (layer, head) in zip(rows, np.ndindex(self.num_layers, HEADS), strict=True):
+                list_pages(state, b + 1, layer, head, 0, row)
             state.pages_used[b + 1] = used
         state.live[1:] = live.int()
         bits = torch.rand_like(state.evict_ring, dtype=torch.float32) >= KEEP
         state.evict_ring.copy_(bits)
-        self.saved_live, self.saved_used = state.live.clone(), state.pages_used.clone()
+        self.appended = (state.live, state.pages_used, state.leaves_used)
+        self.saved = [tensor.clone() for tensor in self.appended]
+        self.saved_live = self.saved[0]
 
     def _make_inputs(self, batch: int) -> None:
         tokens, device = batch * self.chunk, self.device
@@ -123,89 +135,62 @@ class Arena:
             block_table=torch.tensor(self.first_blocks, **int32).unsqueeze(1),
             query_start=torch.arange(batch + 1, **int32) * self.chunk,
             seq_lens=torch.full((batch,), self.stored + self.chunk, **int32),
-            scratch=allocate_scratch(self.layout, tokens, device),
         )
+        self.scratch = allocate_scratch(self.layout, tokens, device)
 
     def restore(self) -> None:
         """Take back what stores appended."""
-        self.state.live.copy_(self.saved_live)
-        self.state.pages_used.copy_(self.saved_used)
+        for tensor, before in zip(self.appended, self.saved, strict=True):
+            tensor.copy_(before)
 
     def store(self, layer: int) -> None:
-        self.ops.store(self.state, self.batch, self.config, layer, self.key, self.value, self.alpha)
+        self.ops.store(self.batch, layer, self.key, self.value, self.alpha)
 
     def decode(self, layer: int) -> None:
-        self.ops.decode(self.state, self.batch, layer, self.query, self.output, SCALE)
+        self.ops.decode(self.batch, layer, self.query, self.output)
 
     def prefill(self, layer: int) -> None:
-        self.ops.prefill(
-            self.state, self.batch, layer, self.query, self.key, self.value, self.output, SCALE
-        )
+        self.ops.prefill(self.batch, layer, self.query, self.key, self.value, self.output)
 
     def store_window(self, layer: int) -> None:
-        self.ops.store_window(self.state, self.batch, layer, self.key, self.value)
+        self.ops.store_window(self.batch, layer, self.key, self.value)
 
-    def decoded_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(kernel's, plain operations') output for up to 8 requests, after `decode`."""
-        return self._against_plain(min(8, self.batch.num_reqs), "decode", layer, self.query)
-
-    def prefilled_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._against_plain(
-            1, "prefill", layer, self.query, self.key.float(), self.value.float()
-        )
-
-    def _against_plain(
-        self, num_reqs: int, name: str, layer: int, query: torch.Tensor, *kv: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        some = self._first(num_reqs)
+    def attended_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kernel's, plain operations') output of some requests, after `decode` or `prefill`."""
+        some = self._first_requests()
         exact = torch.full(self.output.shape, float("nan"), device=self.device)
-        attend = getattr(TorchOps(), name)
-        attend(self.state, some, layer, query.float(), *kv, exact, SCALE)
+        if self.chunk == 1:
+            self.plain.decode(some, layer, self.query.float(), exact)
+        else:
+            inputs = (x.float() for x in (self.query, self.key, self.value))
+            self.plain.prefill(some, layer, *inputs, exact)
         return self.output[: some.num_tokens], exact[: some.num_tokens]
 
-    def _first(self, num_reqs: int) -> Batch:
+    def _first_requests(self) -> Batch:
+        num_reqs = min(8, self.batch.num_reqs)
         return replace(self.batch, num_reqs=num_reqs, num_tokens=num_reqs * self.chunk)
 
-    def stored_rows(self, ops: Ops, layer: int) -> list[torch.Tensor]:
-        """All slots and decisions of the layer's rows of up to 8 requests, as ``ops`` would leave
+    def stored_rows(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All slots and decisions of some requests, as kernels and as plain operations would leave
         them: the state stays as it is."""
-        state, some = self.state, self._first(min(8, self.batch.num_reqs))
-        changed = (self.raw, state.live, state.pages_used, state.page_table, state.evict_ring)
+        both = (self._after_store(ops, layer) for ops in (self.ops, self.plain))
+        return list(zip(*both, strict=True))
+
+    def _after_store(self, ops: Ops, layer: int) -> list[torch.Tensor]:
+        state, some = self.state, self._first_requests()
+        changed = (self.raw, *self.appended, state.page_table, state.leaves, state.evict_ring)
         saved = [tensor.clone() for tensor in changed]
-        ops.store(state, some, self.config, layer, self.key, self.value, self.alpha)
+        ops.begin_step(some)
+        ops.store(some, layer, self.key, self.value, self.alpha)
         if self.chunk > 1:
-            ops.store_window(state, some, layer, self.key, self.value)
+            ops.store_window(some, layer, self.key, self.value)
         rows = [state.evict_ring[1 : some.num_reqs + 1, layer].clone()]
         for index in range(1, some.num_reqs + 1):
             for head in range(HEADS):
                 slot = torch.arange(int(state.live[index, layer, head]), device=self.device)
-                page = state.page_table[index, layer, head, slot // PAGE].long()
-                rows += [part[page, slot % PAGE].float() for part in state.pages]
+                where = locate_slots(state, index, layer, torch.full_like(slot, head), slot)
+                rows += [part[where].float() for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
+        ops.begin_step(self.batch)
         return rows
-
-    def bytes_moved(self, layer: int) -> dict[str, int]:
-        """By kernel, reading and writing everything once; after `store` of the layer."""
-        layout, num_reqs = self.layout, self.batch.num_reqs
-        token, slot = 2 * HEAD_DIM * self.key.element_size(), layout.slot_bytes
-        before, after = (min(n, layout.ring_size) for n in (self.stored, self.stored + self.chunk))
-        live, saved = (x[1 : num_reqs + 1, layer] for x in (self.state.live, self.saved_live))
-        survivors = int((live - saved).sum()) - (after - before) * HEADS * num_reqs
-        window = min(self.chunk, layout.ring_size) * HEADS * num_reqs * (token + slot)
-        if self.chunk == 1:
-            return {"store": window + survivors * 2 * slot}
-        chunk = self.batch.num_tokens * HEADS * token
-        queries = 2 * self.query.numel() * self.query.element_size()
-        return {
-            "store": survivors * (token + slot),
-            "store_window": window,
-            "prefill": queries + chunk + int(saved.sum()) * slot,
-        }
-
-    def visible_pairs(self) -> int:
-        """Keys that all query tokens of all KV heads see, after `store` of a chunk."""
-        window = torch.arange(self.stored, self.stored + self.chunk, device=self.device) + 1
-        window = window.clamp(max=self.layout.ring_size).repeat(self.batch.num_reqs)
-        survivors = self.batch.scratch.num_survivors[: self.batch.num_tokens]
-        return int(survivors.sum()) + int(window.sum()) * HEADS

@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-REPLAYS = 30
 
-
-def time_graph(step: Callable[[], None], replays: int = REPLAYS) -> float:
+def time_graph(step: Callable[[], None], replays: int = 30) -> float:
     """Median microseconds of one replay of ``step``, captured after a warm-up."""
     step()
     torch.cuda.synchronize()
@@ -39,5 +37,4 @@ def time_copy(num_bytes: float, copies: int) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes per second of a copy so large that its start does not count."""
-    num_bytes = 1 << 32
-    return num_bytes / (time_copy(num_bytes, 1) * 1e-6)
+    return (1 << 32) / (time_copy(1 << 32, 1) * 1e-6)

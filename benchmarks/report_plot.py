@@ -2,43 +2,50 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from serving_results import Load, load_of
+PLOT_HASH = "vllm-dms-points"  # key in the PNG of the hash of the points it shows
 
-PLOT_HASH = "vllm-dms-rows"  # key in the PNG of the hash of the rows it shows
-
-Row = dict[str, Any]
+Rows = Iterable[dict[str, dict[str, Any]]]  # by arm, of each line of the table
 
 
-def rows_hash(rows: list[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+def points(rows: Rows) -> tuple[dict[str, list], dict[str, int]]:
+    """By arm: (requests, decode tokens/s), the full pool last; requests held."""
+    decode: dict[str, list] = {}
+    held: dict[str, int] = {}
+    for arm, row in (pair for by_arm in rows for pair in by_arm.items()):
+        if row["workload"] in ("decode-8k", "saturated-8k"):
+            decode.setdefault(arm, []).append((row["concurrency"], row["decode_tok_s"]))
+        elif row["workload"] == "capacity-8k":
+            held[arm] = row["requests_held"]
+    return decode, held
 
 
-def plot(rows: list[Row], arm_names: dict[str, str], path: Path) -> None:
-    """Decode throughput against concurrency, the full pool as its last point; requests held."""
+def points_hash(rows: Rows) -> str:
+    return hashlib.sha256(json.dumps(points(rows), sort_keys=True).encode()).hexdigest()
+
+
+def plot(rows: Rows, arm_names: dict[str, str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure_, (left, right) = pyplot.subplots(
+    figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained"
     )
+    decode, all_held = points(rows)
     for i, (arm, name) in enumerate(arm_names.items()):
         label = name.replace("`", "")
-        points = sorted(
-            (row["concurrency"], row["decode_tok_s"])
-            for row in newest(rows, arm, ("decode-8k", "saturated-8k"))
-            if row["decode_tok_s"] is not None
-        )
-        if points:
-            left.plot(*zip(*points, strict=True), marker="o", color=f"C{i}", label=label)
-        for row in newest(rows, arm, ("capacity-8k",)):
-            held = row["requests_held"] or 0
-            right.bar(label.replace(", ", "\n"), held, color=f"C{i}")
-            right.text(label.replace(", ", "\n"), held, f"{held:,}", ha="center", va="bottom")
+        if arm in decode:
+            line = zip(*sorted(decode[arm]), strict=True)
+            left.plot(*line, marker="o", color=f"C{i}", label=label)
+        if arm in all_held:
+            held, label = all_held[arm], label.replace(", ", "\n")
+            right.bar(label, held, color=f"C{i}")
+            right.text(label, held, f"{held:,}", ha="center", va="bottom")
     left.set(xscale="log", yscale="log", xlabel="requests decoding at a context of 8K",
              ylabel="tokens/s", title="Decode throughput; last point: pool full")  # fmt: skip
     right.set(title="Requests of 8K held at once")
@@ -48,24 +55,14 @@ def plot(rows: list[Row], arm_names: dict[str, str], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure_.savefig(path, dpi=120, metadata={"Software": None, PLOT_HASH: rows_hash(rows)})
-    pyplot.close(figure_)
+    figure.savefig(path, dpi=120, metadata={"Software": None, PLOT_HASH: points_hash(rows)})
+    pyplot.close(figure)
 
 
-def newest(rows: list[Row], arm: str, workloads: tuple[str, ...]) -> list[Row]:
-    """The arm's rows of the workloads, each load from the newest run that has it."""
-    mine = [row for row in rows if row["arm"] == arm and row["workload"] in workloads]
-    last: dict[Load, str] = {}
-    for row in mine:
-        last[load_of(row)] = max(last.get(load_of(row), ""), row["run_id"])
-    return [row for row in mine if row["run_id"] == last[load_of(row)]]
-
-
-def plot_is_current(rows: list[Row], path: Path) -> bool:
+def plot_is_current(rows: Rows, path: Path) -> bool:
     from PIL import Image
 
     if not path.exists():
         return False
     with Image.open(path) as image:
-        return image.info.get(PLOT_HASH) == rows_hash(rows)
+        return image.info.get(PLOT_HASH) == points_hash(rows)

@@ -16,14 +16,16 @@ The text that such a model writes is noise: sample with temperature 1, or it rep
 """
 
 import argparse
+import itertools
 import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
 import torch
 from safetensors.torch import save_file
-from shapes import MAX_POSITION, SHAPES, number_tokenizer, read_shape
+from shapes import MAX_POSITION, SHAPES, number_tokenizer
 
 ALPHA_SCALE, ALPHA_OFFSET = 100.0, 5.0
 ALPHA_SPREAD = 0.3  # |w|: standard deviation of alpha over tokens
@@ -37,8 +39,6 @@ def head_keep_rates(layers: int, heads: int, mean: float, rates: str, seed: int)
     """-> (L, H) share of tokens that each head keeps past its window; ``mean`` on average"""
     if rates == "uniform":
         return torch.full((layers, heads), mean)
-    if rates != "heavy":
-        raise ValueError(f"rates is {rates!r}, but it must be 'uniform' or 'heavy'.")
     generator = torch.Generator().manual_seed(seed)
     weight = torch.exp(TAIL * torch.randn(layers, heads, generator=generator))
     low, high = 0.0, 1.0 / weight.mean().item()
@@ -70,45 +70,38 @@ class _Maker:
         hidden, vocab = self.shape["hidden_size"], self.shape["vocab_size"]
         embed = self.randn(vocab, hidden, 1.0)
         embed[:, 0] = 1.0
-        tied = self.shape["tie_word_embeddings"]
-        # With tied embeddings a token's own logit is hidden times this: keep it far from certain.
-        weights = {
-            "model.embed_tokens.weight": embed,
-            "model.norm.weight": self.ones(hidden, 5.0 / hidden if tied else 1.0),
-        }
-        if not tied:
-            weights["lm_head.weight"] = self.randn(vocab, hidden, hidden**-0.5)
-        return weights
+        if self.shape["tie_word_embeddings"]:
+            # A token's own logit is hidden times this: keep it far from certain.
+            head, norm = {}, 5.0 / hidden
+        else:
+            head, norm = {"lm_head.weight": self.randn(vocab, hidden, hidden**-0.5)}, 1.0
+        ends = {"model.embed_tokens.weight": embed, "model.norm.weight": self.ones(hidden, norm)}
+        return ends | head
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
-        shape, p = self.shape, f"model.layers.{index}"
+        shape = self.shape
         hidden, inner, d = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
         q_size, kv_size = shape["num_attention_heads"] * d, shape["num_key_value_heads"] * d
-        unit = hidden**-0.5
+        unit, out = hidden**-0.5, LAYER_GAIN
         weights = {
-            f"{p}.input_layernorm.weight": self.ones(hidden),
-            f"{p}.post_attention_layernorm.weight": self.ones(hidden),
-            f"{p}.self_attn.q_proj.weight": self.randn(q_size, hidden, unit),
-            f"{p}.self_attn.k_proj.weight": self.randn(kv_size, hidden, unit),
-            f"{p}.self_attn.v_proj.weight": self.randn(kv_size, hidden, unit),
-            f"{p}.self_attn.o_proj.weight": self.randn(
-                hidden, q_size, LAYER_GAIN * q_size**-0.5, silent=True
-            ),
-            f"{p}.mlp.gate_proj.weight": self.randn(inner, hidden, unit),
-            f"{p}.mlp.up_proj.weight": self.randn(inner, hidden, unit),
-            f"{p}.mlp.down_proj.weight": self.randn(
-                hidden, inner, LAYER_GAIN * inner**-0.5, silent=True
-            ),
+            "input_layernorm": self.ones(hidden),
+            "post_attention_layernorm": self.ones(hidden),
+            "self_attn.q_proj": self.randn(q_size, hidden, unit),
+            "self_attn.k_proj": self.randn(kv_size, hidden, unit),
+            "self_attn.v_proj": self.randn(kv_size, hidden, unit),
+            "self_attn.o_proj": self.randn(hidden, q_size, out * q_size**-0.5, silent=True),
+            "mlp.gate_proj": self.randn(inner, hidden, unit),
+            "mlp.up_proj": self.randn(inner, hidden, unit),
+            "mlp.down_proj": self.randn(hidden, inner, out * inner**-0.5, silent=True),
         }
         if shape["model_type"] == "qwen3":
-            weights[f"{p}.self_attn.q_norm.weight"] = self.ones(d)
-            weights[f"{p}.self_attn.k_norm.weight"] = self.ones(d)
+            weights |= {f"self_attn.{name}_norm": self.ones(d) for name in "qk"}
         if self.dialect == "nvidia-borrowed":
             # The last channel of each group's first query head. The other channels' rms is 1, so
             # that q_norm leaves this one about as it is.
-            q_heads = weights[f"{p}.self_attn.q_proj.weight"].view(-1, d, hidden)
+            q_heads = weights["self_attn.q_proj"].view(-1, d, hidden)
             q_heads[:: q_size // kv_size, -1] = self.decision_rows(index)
-        return weights
+        return {f"model.layers.{index}.{name}.weight": w for name, w in weights.items()}
 
     def decision_rows(self, index: int) -> torch.Tensor:
         """-> (H, hidden) of layer ``index``: alpha is their product with a token after RMSNorm"""
@@ -173,45 +166,37 @@ def make_checkpoint(
     _write_configs(dms, config | rule, index)
     _write_configs(dense, config, dense_index)
     tokenizer = number_tokenizer(shape["vocab_size"])
-    record = {
-        "shape": name,
-        "layers": layers,
-        "dialect": dialect,
-        "window": window,
-        "rates": rates,
-        "mean_keep": keep_rates.mean().item(),
-        "seed": seed,
-        "keep": [[round(k, 5) for k in row] for row in keep_rates.tolist()],
-    }
+    record = {"shape": name, "layers": layers, "dialect": dialect, "window": window, "rates": rates}
+    record |= {"mean_keep": keep_rates.mean().item(), "seed": seed}
+    record["keep"] = [[round(k, 5) for k in row] for row in keep_rates.tolist()]
     for path in (dms, dense):
         tokenizer.save_pretrained(path)
         (path / "synthetic.json").write_text(json.dumps(record))
     return record
 
 
+def _shards(maker: _Maker) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    layers = range(maker.shape["num_hidden_layers"])
+    groups = [layers[i : i + LAYERS_PER_SHARD] for i in layers[::LAYERS_PER_SHARD]]
+    names = (f"model-{i:05}-of-{len(groups) + 1:05}.safetensors" for i in itertools.count(1))
+    yield next(names), maker.ends()
+    for group in groups:
+        yield next(names), {name: w for i in group for name, w in maker.layer(i).items()}
+    if maker.dialect == "nvidia-adapter":
+        yield "adapter.safetensors", maker.adapters()
+
+
 def _write_weights(path: Path, maker: _Maker) -> dict[str, str]:
     """-> file of each tensor. Shards are written while the next ones are made."""
-    layers = maker.shape["num_hidden_layers"]
-    starts = range(0, layers, LAYERS_PER_SHARD)
-    groups = [range(i, min(i + LAYERS_PER_SHARD, layers)) for i in starts]
     index: dict[str, str] = {}
+    pending: list[Future] = []
     with ThreadPoolExecutor(3) as pool:
-        pending = []
-
-        def write(file: str, weights: dict[str, torch.Tensor]) -> None:
-            index.update(dict.fromkeys(weights, file))
+        for file, weights in _shards(maker):
+            index |= dict.fromkeys(weights, file)
             on_host = {name: w.cpu().contiguous() for name, w in weights.items()}
             pending.append(pool.submit(save_file, on_host, path / file, metadata={"format": "pt"}))
             if len(pending) > 3:
                 pending.pop(0).result()
-
-        total = len(groups) + 1
-        write(f"model-00001-of-{total:05}.safetensors", maker.ends())
-        for i, group in enumerate(groups, start=2):
-            weights = {name: w for layer in group for name, w in maker.layer(layer).items()}
-            write(f"model-{i:05}-of-{total:05}.safetensors", weights)
-        if maker.dialect == "nvidia-adapter":
-            write("adapter.safetensors", maker.adapters())
         for future in pending:
             future.result()
     return index
@@ -225,7 +210,7 @@ def _write_configs(path: Path, config: dict, index: dict[str, str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("shape", help=f"a config.json, or one of {', '.join(SHAPES)}")
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the published model")
     parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0])
@@ -234,12 +219,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    name, shape = read_shape(args.shape)
+    shape = dict(SHAPES[args.shape])
     if args.layers:
         shape["num_hidden_layers"] = args.layers
     options = {key: getattr(args, key) for key in ("dialect", "rates", "keep", "window", "seed")}
-    record = make_checkpoint(args.out, name, shape, **options)
-    print(f"{args.out}: {name}, {record['layers']} layers, mean keep {record['mean_keep']:.4f}")
+    record = make_checkpoint(args.out, args.shape, shape, **options)
+    print(f"{args.out}: {record['layers']} layers, mean keep {record['mean_keep']:.4f}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 def embedded_request() -> tuple[Path, dict[str, Any], str]:
     """-> checkpoint, arguments of the completion, what the answer should contain"""
-    needles = importlib.import_module("benchmarks.tiny.needles")
+    needles = importlib.import_module("examples.tiny.needles")
     prompt = needles.make_prompts(seed=0, length=4096, n=1)[0]
     question = prompt.user.splitlines()[-1]
     say(f"model: {EMBEDDED.relative_to(ROOT)}; after a long text it is asked: {question}")

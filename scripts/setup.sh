@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# setup.sh [VENV]: an environment with vLLM 0.32.0, this package and the tools of its tests.
+# setup.sh [VENV]: an environment with vLLM, this package and the tools of its tests.
 #
-#   - `python3` already has vLLM 0.32.0 (an active environment, a container): that one is used
-#   - an NVIDIA GPU is there: VENV (default .venv) with vLLM for CUDA
+#   - `python3` already has a supported vLLM (an active environment, a container): that one is used
+#   - an NVIDIA GPU is there: VENV (default .venv) with vLLM 0.32.0 for CUDA
 #   - else: VENV with vLLM for CPU, every package pinned
 #
 # Progress goes to stderr; the path of the interpreter to use is all that stdout gets.
@@ -12,7 +12,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${1:-.venv}
 torch=2.13.0
-vllm=0.32.0
+vllm=0.32.0           # what is installed; vLLM for CPU has no later release
+supported="0.32.0 0.33.0"
 pins=scripts/requirements-cpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -20,7 +21,7 @@ say() { echo "setup: $*" >&2; }
 die() { say "$@"; exit 1; }
 has_vllm() {
     "$1" -c 'import importlib.metadata as m, sys
-sys.exit(m.version("vllm").split("+")[0] != sys.argv[1])' "$vllm" 2>/dev/null
+sys.exit(m.version("vllm").split("+")[0] not in sys.argv[1:])' $supported 2>/dev/null
 }
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 fingerprint() { { echo "$@"; pwd; } | cat - "${BASH_SOURCE[0]}" "$pins" pyproject.toml | sha256sum | cut -d' ' -f1; }
@@ -86,7 +87,7 @@ else
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$(fingerprint $kind)" ]; then
         if [ $kind = cuda ]; then
             say "vLLM $vllm for CUDA and the tools (several GB)"
-            "$python" -m pip install -qq setuptools -e '.[cuda,dev]' >&2
+            "$python" -m pip install -qq setuptools -e '.[cuda,dev]' "vllm==$vllm" >&2
         else
             install_cpu
             install_package "$python"

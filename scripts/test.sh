@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # test.sh [pytest arguments]: set up, then ruff, mypy and the tests. All of them run; all must pass.
-# Runs on a CPU; tests marked `gpu` run too where there is an NVIDIA GPU.
+# Runs on a CPU; tests marked `gpu` run too where there is an NVIDIA GPU. Without arguments the tests
+# of what touches vLLM run once more with each other supported version of it, downloaded from PyPI:
+# see vllm_sources.py.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,6 +26,33 @@ check ruff format --check --output-format concise .
 check mypy
 say "pytest"
 "$python" -m pytest -q "$@" || failed+=(pytest)
+
+# What touches nothing of vLLM, or, as the benchmarks, is run with one version.
+unrelated=(adapter benchmark compile config kernels needles quality reference report retrofit seed
+    storage synthetic tiny torch_ops triton_ops verify)
+ignored=("${unrelated[@]/#/--ignore-glob=tests/test_}")
+ignored=("${ignored[@]/%/*.py}")
+
+test_version() { # VERSION
+    local sources
+    say "vLLM $1: the tests of what touches it"
+    if ! "$python" -c 'import importlib.metadata as m, sys; sys.exit("cpu" not in m.version("vllm"))'; then
+        say "NOT CHECKED: only beside vLLM for CPU are another version's sources enough to run"
+    elif ! sources=$("$python" scripts/vllm_sources.py "$1"); then
+        failed+=("sources of vLLM $1")
+    else
+        PYTHONPATH=$sources "$python" -m pytest -q -m "not slow" \
+            "${ignored[@]}" || failed+=("vLLM $1")
+    fi
+}
+
+if [ $# = 0 ]; then
+    for version in $("$python" -c 'import importlib.metadata as m
+from vllm_dms.compat import TESTED_VERSIONS
+print(*{*TESTED_VERSIONS} - {m.version("vllm").split("+")[0]})'); do
+        test_version "$version"
+    done
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     say "FAILED: $(IFS=,; echo "${failed[*]}")"

@@ -5,6 +5,7 @@ import torch
 from vllm_dms import reference
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
+from vllm_dms.backend.torch_pages import find_pages, locate_slots
 from vllm_dms.config import DMSConfig
 
 
@@ -41,53 +42,48 @@ class Sequence:
         return len(self.query)
 
     def expected(self, config, scale):
-        """Exact attention of the whole sequence in one go."""
+        """Exact attention of the whole sequence in one go, in float32."""
         decisions = reference.decide(self.alpha, config.alpha_scale, config.alpha_offset)
         evict = reference.evicted((decisions & config.evict).T, config.shift)
         mask = reference.visible(evict, config.window)
         return reference.attention(
-            self.query.transpose(0, 1),
-            self.key.transpose(0, 1),
-            self.value.transpose(0, 1),
+            *(x.float().transpose(0, 1) for x in (self.query, self.key, self.value)),
             mask,
             scale,
         ).transpose(0, 1)
 
 
 class Harness:
-    """An arena with its pages poisoned, blocks handed out at random, and a feed of batches."""
+    """An arena of which every byte is what a former owner may have left, blocks handed out at
+    random, and a feed of batches."""
 
     def __init__(
-        self,
-        ops,
-        config,
-        layout: ArenaLayout,
-        num_seqs=4,
-        max_tokens=512,
-        device="cpu",
-        poison=True,
+        self, make_ops, config, layout: ArenaLayout, num_seqs=4, max_tokens=512, device="cpu"
     ):
-        self.ops, self.config, self.layout, self.device = ops, config, layout, device
+        """``make_ops(state, scratch, config, scale)``, as `TorchOps`"""
+        self.layout, self.device = layout, device
         num_blocks = 1 + num_seqs * layout.max_blocks_per_request
         storage = torch.full(
             (num_blocks * layout.block_bytes,), 0, dtype=torch.uint8, device=device
         )
-        self.state = allocate_state(storage, layout, num_blocks, num_seqs)
-        if poison:
-            storage.fill_(0xFF)  # NaN in every float format
-            storage[: layout.block_bytes] = 0  # vLLM's null block is never given to a request
-            self.state.live.fill_(12345)
-            self.state.live[0] = 0
+        self.state = state = allocate_state(storage, layout, num_blocks, num_seqs)
+        storage[layout.block_bytes :] = 0xFF  # NaN in every float format; block 0 is nobody's
+        state.live[1:] = 12345
+        state.page_table[1:, ..., : layout.leaf_size] = num_blocks * layout.pages_per_block - 1
+        state.page_table[1:, ..., layout.leaf_size :] = len(state.leaves) - 1
+        state.leaves[layout.leaves_per_block :] = num_blocks * layout.pages_per_block - 1
+        state.evict_ring[1:] = 0xAA
         self.scratch = allocate_scratch(layout, max_tokens, device)
+        self.scale = layout.head_dim**-0.5
+        self.ops = make_ops(state, self.scratch, config, self.scale)
         free = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
         self.rows = free.view(num_seqs, -1).int().to(device)
-        self.scale = layout.head_dim**-0.5
 
     def start(self, index: int) -> None:
         """Give request ``index`` (0-based) its state and all blocks it could need."""
         self.state.block_rows[index + 1] = self.rows[index]
         self.state.state_of_block[self.rows[index, 0].long()] = index + 1
-        self.state.pages_used[index + 1] = 0
+        self.state.pages_used[index + 1] = self.state.leaves_used[index + 1] = 0
 
     def step(self, work, layers=None, padding=0):
         """One step through all layers: ``work`` is a list of (request index, sequence, tokens).
@@ -101,25 +97,31 @@ class Harness:
             return torch.cat(pieces)
 
         query, key, value, alpha = (gather(n) for n in ("query", "key", "value", "alpha"))
-        batch = self._batch(work, parts, padding)
+        batch = self.make_batch(work, padding)
+        self.ops.begin_step(batch)
         for layer in layers or range(self.layout.num_layers):
             self.scratch.evict.fill_(0xFF)
             self.scratch.num_survivors.fill_(-(2**30))
             output = torch.full_like(query, float("nan"))
-            self.ops.store(self.state, batch, self.config, layer, key, value, alpha)
-            if batch.max_query_len > 1:
-                self.ops.prefill(self.state, batch, layer, query, key, value, output, self.scale)
-                self.ops.store_window(self.state, batch, layer, key, value)
-            self.ops.decode(self.state, batch, layer, query, output, self.scale)
+            self.run_layer(batch, layer, query, key, value, alpha, output)
         offset = 0
         for _, seq, count in work:
             seq.outputs.append(output[offset : offset + count])
             seq.stored += count
             offset += count
 
-    def _batch(self, work, parts, padding):
+    def run_layer(self, batch, layer, query, key, value, alpha, output):
+        """As `DMSCompactAttentionImpl.attend`."""
+        self.ops.store(batch, layer, key, value, alpha)
+        if batch.max_query_len > 1:
+            self.ops.prefill(batch, layer, query, key, value, output)
+            self.ops.store_window(batch, layer, key, value)
+        self.ops.decode(batch, layer, query, output)
+
+    def make_batch(self, work, padding=0):
         """Padding rows have no tokens and resolve to the null state, as in a CUDA graph."""
         tables = [int(self.rows[index, 0]) for index, _, _ in work] + [0] * padding
+        ends = [seq.stored + count for _, seq, count in work] + [0] * padding
         counts = [count for _, _, count in work] + [0] * padding
         int32 = {"dtype": torch.int32, "device": self.device}
         return Batch(
@@ -128,8 +130,7 @@ class Harness:
             max_query_len=max(counts),
             block_table=torch.tensor(tables, **int32).unsqueeze(1),
             query_start=torch.tensor([0, *counts]).cumsum(0).to(**int32),
-            seq_lens=torch.tensor([p.stop for p in parts] + [0] * padding, **int32),
-            scratch=self.scratch,
+            seq_lens=torch.tensor(ends, **int32),
         )
 
 
@@ -151,7 +152,33 @@ def feed(harness, sequences, chunks):
 
 def gather_row(state, index, layer, head):
     """The live slots of a row as stored, wherever their pages are: K, V and their scales."""
-    size = state.layout.page_size
     slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
-    pages = state.page_table[index, layer, head][slots // size].long()
-    return [part.float()[pages, slots % size] for part in state.pages]
+    pages, offsets = locate_slots(state, index, layer, torch.full_like(slots, head), slots)
+    return [part.float()[pages, offsets] for part in state.pages]
+
+
+def assert_taken_from_own_blocks(harness, num_seqs):
+    """Every page of the first requests has one owner and lies in a block of its owner; so does
+    every leaf, and in a block whose pages are in use."""
+    state, layout = harness.state, harness.layout
+    pages_taken, leaves_taken = [], []
+    for index in range(1, num_seqs + 1):
+        blocks = harness.rows[index - 1].tolist()
+        pages, leaves = [], []
+        for layer in range(layout.num_layers):
+            for head in range(layout.num_kv_heads):
+                count = -(-int(state.live[index, layer, head]) // layout.page_size)
+                number = torch.arange(count, device=state.live.device)
+                heads = torch.full_like(number, head)
+                pages += find_pages(state, index, layer, heads, number).tolist()
+                listed = state.page_table[index, layer, head, layout.leaf_size :]
+                leaves += listed[: max(-(-count // layout.leaf_size) - 1, 0)].tolist()
+        assert {p // layout.pages_per_block for p in pages} <= set(blocks)
+        in_use = blocks[: -(-len(pages) // layout.pages_per_block)]
+        assert {leaf // layout.leaves_per_block for leaf in leaves} <= set(in_use)
+        assert int(state.pages_used[index]) == len(pages)
+        assert int(state.leaves_used[index]) == len(leaves) <= len(pages) // layout.leaf_size
+        pages_taken += pages
+        leaves_taken += leaves
+    assert len(pages_taken) == len(set(pages_taken))
+    assert len(leaves_taken) == len(set(leaves_taken))

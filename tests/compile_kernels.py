@@ -1,11 +1,12 @@
 """Compile every kernel for a GPU, without one: `test_compile` runs this in a process of its own,
 because a process either interprets kernels or compiles them.
 
-    python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY
+    python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY PAGE_SIZE MAX_PAGES
 
-STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ... Prints one line of JSON: for
-each kernel the registers of a thread, the bytes of a thread's stack, where what does not fit in
-registers would go, and the bytes of a program's shared memory.
+STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row, which
+has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of a
+thread, the bytes of a thread's stack, where what does not fit in registers would go, and the bytes
+of a program's shared memory.
 """
 
 import json
@@ -22,8 +23,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
+from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
@@ -61,23 +65,25 @@ def usage(kernel):
     return [*map(int, of_thread), kernel.metadata.shared]
 
 
-def run_all(storage, head_dim, group, overlap):
+def run_all(storage, head_dim, group, overlap, page_size, max_pages):
     model_dtype = torch.bfloat16 if storage == "fp8" else getattr(torch, storage)
     kind = storage if storage in STORAGES else "model"
     layout = ArenaLayout(
         num_layers=2,
         num_kv_heads=2,
         head_dim=head_dim,
-        window=64,
-        page_size=16,
+        window=4 * page_size,
+        page_size=page_size,
         block_size=16,
         storage=STORAGES[kind].for_model(model_dtype),
-        max_model_len=1024,
+        max_model_len=max_pages * page_size,
     )
-    ops = TritonOps(layout, 64, 4, 2 * group, "cpu")
-    ops.overlap, ops.launch = overlap, {"launch_pdl": True} if overlap else {}
+    tuning = default_tuning(layout)
+    schedule = allocate_schedule(layout, 4, 2 * group, tuning, torch.device("cpu"))
     state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
-    config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
+    config = DMSConfig("nvidia-borrowed", layout.window, 1.0, 0.0, shift=1)
+    scratch = allocate_scratch(layout, 64, "cpu")
+    ops = TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap)
     batch = Batch(
         num_reqs=2,
         num_tokens=18,
@@ -85,20 +91,21 @@ def run_all(storage, head_dim, group, overlap):
         block_table=torch.ones(2, 1, dtype=torch.int32),
         query_start=torch.tensor([0, 1, 18], dtype=torch.int32),
         seq_lens=torch.tensor([9, 17], dtype=torch.int32),
-        scratch=allocate_scratch(layout, 64, "cpu"),
     )
     query = torch.zeros(18, 2 * group, head_dim, dtype=model_dtype)
     key, alpha = query[:, :2].contiguous(), torch.zeros(18, 2, dtype=model_dtype)
-    ops.store(state, batch, config, 0, key, key, alpha)
-    ops.prefill(state, batch, 0, query, key, key, query, 1.0)
-    ops.store_window(state, batch, 0, key, key)
-    ops.decode(state, batch, 0, query, query, 1.0)
-    ops.report(state, torch.zeros(state.num_states, 6, dtype=torch.int32))
+    ops.begin_step(batch)
+    ops.store(batch, 0, key, key, alpha)
+    ops.prefill(batch, 0, query, key, key, query)
+    ops.store_window(batch, 0, key, key)
+    ops.decode(batch, 0, query, query)
+    ops.report(torch.zeros(state.num_states, REPORT_WIDTH, dtype=torch.int32))
     weight = torch.zeros(2, head_dim, dtype=model_dtype)
     launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
 
 
-def main(name, head_dim, group, capability):
+def main(name, *numbers):
+    head_dim, group, capability, page_size, max_pages = map(int, numbers)
     found = {}
 
     def compile_only(kernel, grid):
@@ -107,9 +114,9 @@ def main(name, head_dim, group, capability):
 
         return launch
 
-    driver.set_active(NoGPU(int(capability)))
+    driver.set_active(NoGPU(capability))
     JITFunction.__getitem__ = compile_only
-    run_all(name, int(head_dim), int(group), overlap=int(capability) >= 90)
+    run_all(name, head_dim, group, capability >= 90, page_size, max_pages)
     print(json.dumps(found))
 
 

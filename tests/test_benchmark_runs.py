@@ -1,5 +1,7 @@
-"""A run's JSON says where its numbers are from, and goes on only where it began."""
+"""A run's JSON says where its numbers are from; its arms differ in the cache only; what is missing
+fails it."""
 
+import argparse
 import json
 import sys
 import time
@@ -9,211 +11,256 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_serving
-import serving_process
-import serving_results
-from serving_plan import FIGURES
+import offline
+import processes
+import record
+import synthetic
+import through_server
+from arms import ARMS, engine_args, flags
+from processes import RunError
+from shapes import SHAPES
+
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 10240,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+MODEL = {"shape": "tiny", "layers": 1, "window": 4, "dialect": "d", "rates": "r", "mean_keep": 0.1}
 
 
-def row(run_id, arm, workload="decode-8k", **figures):
-    return {"run_id": run_id, "arm": arm, "workload": workload, "concurrency": 1, **figures}
+def options(*changes, out="/o", model="/m", arms="dms", workloads="prefill-8k"):
+    given = ("--model", str(model), "--out", str(out), "--arms", arms, "--workloads", workloads)
+    return bench_serving.parse_args([*given, "--pool-gib", "2", "--commit", "c", *changes])
 
 
-def test_a_newer_run_replaces_an_older_one_whose_arms_it_has_all():
-    old = [row("1", "bf16"), row("1", "dms"), row("1", "fp8", "prefill-8k")]
-    new = [row("2", "bf16"), row("2", "dms"), row("2", "fp8")]
-    assert serving_results.merge(old, new) == [*new, old[2]]
+def args_of(arm, chosen):
+    return [engine_args(ARMS[arm], chosen, group.limits) for group in bench_serving.groups(chosen)]
 
 
-def test_rows_that_were_measured_side_by_side_stay_together():
-    old = [row("1", "bf16"), row("1", "dms")]
-    new = [row("2", "bf16"), row("2", "dms_noevict")]
-    assert serving_results.merge(old, new) == [*old, *new]
+def test_arms_differ_in_checkpoint_cache_and_plugin_only():
+    workloads = ",".join(bench_serving.WORKLOADS)
+    chosen = options("--dms", '{"page_size": 32}', workloads=workloads)
+    per_arm = {arm: args_of(arm, chosen) for arm in ARMS}
+    own = ("model", "kv_cache_dtype", "additional_config")
+    for engines in zip(*per_arm.values(), strict=True):
+        common = [{k: v for k, v in args.items() if k not in own} for args in engines]
+        assert all(c == common[0] for c in common)
+        assert common[0]["enable_prefix_caching"] is False
+        assert common[0]["kv_cache_memory_bytes"] == 2 << 30
+    kept = per_arm["dms_keep"][0]["additional_config"]
+    assert kept == {"dms": {"page_size": 32, "evict": False}}
+    assert "additional_config" not in per_arm["bf16"][0]
+    groups = {group.name: group.limits for group in bench_serving.groups(chosen)}
+    assert groups["steps"]["max_cudagraph_capture_size"] == 1024
+    assert groups["prefill-128k"]["max_model_len"] > 131072
+    assert groups["reason-1k-8k"] == {"max_model_len": 9216, "max_num_seqs": 256}
 
 
-def test_an_older_run_that_comes_later_replaces_nothing():
-    newer = [row("2", "bf16"), row("2", "dms")]
-    older = [row("1", "bf16"), row("1", "dms"), row("1", "dms", "prefill-8k")]
-    assert serving_results.merge(newer, older) == [*newer, older[2]]
+def test_vllm_knows_all_flags_that_it_is_started_with(tmp_path, monkeypatch):
+    from vllm.benchmarks import latency, serve, throughput
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    monkeypatch.setattr(through_server.processes, "start", lambda *args: None)
+    chosen = options(workloads="serve-mixed")
+    (args,) = args_of("fp8", chosen)
+    server = through_server.Server(ARMS["fp8"], args, chosen, tmp_path / "x.log")
+    assert server.command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(server.command[4:])
+    assert parsed.kv_cache_memory_bytes == 2 << 30 and parsed.enable_prefix_caching is False
+    assert parsed.served_model_name == [server.name] and parsed.max_model_len == 16384
+    client = server.bench_command(through_server.SERVED["serve-mixed"], (160, 160))
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    parsed = parser.parse_args(client[client.index("bench") + 2 :])
+    assert parsed.random_range_ratio == "0.8" and parsed.max_concurrency == 160
+    assert parsed.ready_check_timeout_sec == 0  # else the first request is not the first
+    for workload, module in (("prefill-32k", latency), ("reason-1k-8k", throughput)):
+        parser = FlexibleArgumentParser()
+        module.add_cli_args(parser)
+        (args,) = args_of("fp8", options(workloads=workload))
+        command = offline.bench_flags(workload, scale=1)[1:] + flags(args)
+        parsed = parser.parse_args([*command, "--disable-detokenize", "--output-json", "x"])
+        assert parsed.max_model_len == args["max_model_len"]
+
+
+def test_a_stock_arm_has_no_plugin_and_no_arm_more_time_than_there_is(tmp_path):
+    log, shown = tmp_path / "x.log", "import os; print(repr(os.environ['VLLM_PLUGINS']))"
+    for arm, plugins in (("bf16", "''\n"), ("dms", "'dms'\n")):
+        processes.run(ARMS[arm], [sys.executable, "-c", shown], log, time.monotonic() + 60)
+        assert log.read_text() == plugins
+    with pytest.raises(RunError, match=r"out of time: see x\.log"):
+        processes.run(ARMS["bf16"], ["sleep", "60"], log, time.monotonic() + 0.5)
+    with pytest.raises(RunError, match="exit code 1: OSError: first"):
+        failing = "print('OSError: first'); raise KeyError('later')"
+        processes.run(ARMS["bf16"], [sys.executable, "-uc", failing], log, time.monotonic() + 60)
+
+
+class Served:
+    """A server's measurement whose processes do nothing and whose client saved ``client``."""
+
+    def __init__(self, monkeypatch, out, client=None, names=None):
+        self.out, self.waiting = out, (sys.executable, "-c", "import time; time.sleep(60)")
+        monkeypatch.setattr(through_server, "CLI", self.waiting)
+        monkeypatch.setattr(
+            through_server.Server, "ask", lambda server, path, *_, **__: names or server.name
+        )
+        monkeypatch.setattr(through_server.Server, "live", lambda *_: {})
+        saved = out / "bf16-server-first-request-1.json"
+        monkeypatch.setattr(
+            through_server.processes, "run", lambda *_: saved.write_text(json.dumps(client))
+        )
+
+    def row(self):
+        chosen = options(out=self.out, workloads="first-request")
+        engine = {"arm": "bf16", "args": args_of("bf16", chosen)[0]}
+        rows = through_server.measure(
+            ARMS["bf16"], ["first-request"], engine, chosen, time.monotonic() + 60
+        )
+        return next(rows)
+
+
+def test_a_server_that_does_not_start_says_why(monkeypatch, tmp_path):
+    server = Served(monkeypatch, tmp_path)
+    monkeypatch.setattr(
+        through_server, "CLI", (sys.executable, "-c", "raise ValueError('no such flag')")
+    )
+    monkeypatch.setattr(through_server.Server, "ask", refuse)
+    with pytest.raises(RunError, match="did not start: ValueError: no such flag"):
+        server.row()
+
+
+def refuse(*args, **kwargs):
+    raise ConnectionRefusedError
+
+
+def test_another_server_on_the_port_is_not_measured(monkeypatch, tmp_path):
+    with pytest.raises(RunError, match="another server answers"):
+        Served(monkeypatch, tmp_path, names="another").row()
+
+
+def test_the_first_request_stands_beside_the_tenth_if_all_were_answered(monkeypatch, tmp_path):
+    client = {"completed": 10, "failed": 0, "output_throughput": 5.0, "duration": 2.0}
+    client |= {"ttfts": [0.2, *[0.1] * 9], "mean_ttft_ms": 7.0}
+    row = Served(monkeypatch, tmp_path, client).row()
+    assert row["first_over_tenth"] == pytest.approx(2) and row["mean_ttft_ms"] == 7.0
+    assert row["server_did_before"] == []
+    with pytest.raises(RunError, match="9 of 10 requests were answered"):
+        Served(monkeypatch, tmp_path, client | {"failed": 1, "completed": 9}).row()
+
+
+def test_offline_rows_are_of_all_tokens_and_say_what_waited():
+    row = offline.row_of("prefill-8k", 1, {"latencies": [1.0, 3.0]}, "")
+    assert row["prefill_tok_s"] == 4096
+    log = "Running: 256 reqs, Waiting: 0 reqs\nRunning: 170 reqs, Waiting: 86 reqs, Preemptions: 5"
+    log += (
+        "\nRunning: 167 reqs, Waiting: 89 reqs, Preemptions: 84\nRunning: 3 reqs, Waiting: 1 reqs"
+    )
+    row = offline.row_of("reason-1k-8k", 1, {"elapsed_time": 256.0}, log)
+    assert row["decode_tok_s"] == 8192
+    assert (row["requests_held"], row["preemptions"]) == (167, 89)
 
 
 def test_the_gpu_of_a_run_is_the_one_that_the_process_may_use(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        serving_results, "_output_of", lambda *args: asked.append(args) or "H, U, 1"
-    )
+    monkeypatch.setattr(record, "output_of", lambda *args: asked.append(args) or "H, U, 1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    assert serving_results.gpu_facts() == {"gpu": "H", "gpu_uuid": "U", "driver": "1"}
+    assert record.gpu_facts() == {"gpu": "H", "gpu_uuid": "U", "driver": "1"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    serving_results.gpu_facts()
+    record.gpu_facts()
     assert asked[0][-2:] == ("-i", "3") and "-i" not in asked[1]
 
 
-def test_a_log_says_what_attended_in_place_of_what_vllm_names():
-    log = "I 1] Using FLASH_ATTN attention backend out of\nI 2] Using FlashAttention version 3\n"
-    assert serving_results.facts_of_log(log)["attention"] == "FLASH_ATTN (FA3)"
-    log += "I 3] DMS attention: triton kernels, in place of"
-    assert serving_results.facts_of_log(log)["attention"] == "triton"
-
-
-def test_what_is_not_compared_does_not_stay():
-    old = [row("1", arm) for arm in ("bf16", "dms", "fp8", "dms_fp8")]
-    new = [row("2", arm) for arm in ("fp8", "dms_fp8")]
-    assert serving_results.merge(old, new) == [*old[:2], *new]
-
-
-def test_a_run_that_was_cut_short_replaces_the_loads_that_it_has():
-    few, many = {"concurrency": 8}, {"concurrency": 64}
-    old = [row("1", arm, **load) for load in (few, many) for arm in ("fp8", "dms_fp8")]
-    new = [row("2", arm, **few) for arm in ("fp8", "dms_fp8")]
-    assert serving_results.merge(old, new) == [*old[2:], *new]
-    until_full = [row(run, "fp8", "saturated-8k", concurrency=int(run)) for run in ("90", "95")]
-    assert serving_results.merge(until_full[:1], until_full[1:]) == until_full[1:]
-    slow = row("1", "dms", "serve-8-4", request_rate="2")
-    fast = row("2", "dms", "serve-8-4", request_rate="inf")
-    assert serving_results.merge([slow], [fast]) == [slow, fast]
-
-
 class Runs:
-    """Runs of bench_serving whose engines are not started: each gives a row at once."""
+    """Runs of bench_serving whose engines are not started."""
 
     def __init__(self, monkeypatch, path):
-        self.path, self.monkeypatch = path, monkeypatch
+        self.path, self.monkeypatch, self.problem = path, monkeypatch, None
         self.gpu = {"gpu": "H", "gpu_uuid": "GPU-1", "driver": "580"}
-        monkeypatch.setattr(serving_results, "gpu_facts", lambda: self.gpu)
-        monkeypatch.setattr(bench_serving, "run_engine", self.engine)
-        self.model = {"shape": "tiny", "layers": 1, "window": 4}
+        monkeypatch.setattr(record, "gpu_facts", lambda: self.gpu)
+        monkeypatch.setattr(offline, "measure", self.measure)
         (path / "dms").mkdir()
+        (path / "dms" / "synthetic.json").write_text(json.dumps(MODEL))
 
-    def engine(self, name, spec, plugin, logs, seconds):
-        yield {"engine": {"pool_bytes": spec["engine"]["kv_cache_memory_bytes"]}}
-        for workload in spec["plan"]["workloads"]:
-            figures = dict.fromkeys(FIGURES) | {"concurrency": 8}
-            yield {"row": {"workload": workload, **figures, "decode_tok_s": 1.0}}
+    def measure(self, arm, workloads, engine, options, deadline):
+        yield {"workload": workloads[0], "concurrency": 1, "prefill_tok_s": 1.0}
+        if self.problem:
+            raise RunError(self.problem)
 
-    def run(self, *flags):
-        (self.path / "dms" / "synthetic.json").write_text(json.dumps(self.model))
-        common = ["--model", str(self.path), "--commit", "c", "--logs", str(self.path)]
-        flags = list(map(str, flags))
-        self.monkeypatch.setattr(sys, "argv", ["bench_serving.py", *flags])
-        if "--pool-gib" not in flags:
-            flags += ["--pool-gib", "1"]
-        bench_serving.run(bench_serving.parse_args([*common, *flags]))
+    def run(self, arms, *changes):
+        argv = ["bench_serving.py", "--arms", arms]
+        self.monkeypatch.setattr(sys, "argv", argv)
+        chosen = options(*changes, model=self.path, out=self.path / "out", arms=arms)
+        return bench_serving.run(chosen)
 
-    @property
-    def first(self):
-        return self.path / "r1.json"
+    def report(self):
+        return json.loads((self.path / "out" / "run.json").read_text())
 
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    runs = Runs(monkeypatch, tmp_path)
-    flags = ["--arms", "fp8", "--workloads", "reason-1k-8k", "--results", tmp_path]
-    runs.run(*flags, "--run-id", "r1")
-    return runs
+    return Runs(monkeypatch, tmp_path)
 
 
-LATER = ("--arms", "dms_fp8", "--workloads", "reason-1k-8k")
-
-
-def test_a_run_goes_on_in_a_later_command_as_one_run(runs):
-    runs.run(*LATER, "--continue", runs.first)
-    report = json.loads(runs.first.read_text())
-    assert [(r["arm"], r["run_id"]) for r in report["rows"]] == [("fp8", "r1"), ("dms_fp8", "r1")]
-    assert json.loads((runs.path / "summary.json").read_text()) == report["rows"]
-    assert report["gpu_uuid"] == "GPU-1" and report["driver"] == "580"
-    commands = [part["command"] for part in report["parts"]]
-    assert [r["command"] for r in report["rows"]] == commands and "--continue" in commands[1]
-    assert all(arm["reason"]["started"] for arm in report["arms"].values())
+def test_commands_with_one_folder_are_one_run_with_one_certificate(runs):
+    assert runs.run("bf16") == [] == runs.run("dms")
+    report = runs.report()
+    assert [(row["arm"], row["engine"]) for row in report["rows"]] == [("bf16", 0), ("dms", 1)]
+    assert {row["run_id"] for row in report["rows"]} == {report["run_id"]}
+    commands = [command["command"] for command in report["commands"]]
+    assert [row["command"] for row in report["rows"]] == commands and "--arms dms" in commands[1]
+    assert report["gpu_uuid"] == "GPU-1" and report["driver"] == "580" and report["commit"] == "c"
+    assert {row["gpu"] for row in report["rows"]} == {"H"} and report["versions"]["vllm"]
+    assert {row["pool_bytes"] for row in report["rows"]} == {2 << 30}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda runs: runs.gpu.update(gpu_uuid="GPU-2"), "gpu_uuid 'GPU-1', but it is 'GPU-2' h"),
-        (lambda runs: runs.gpu.update(driver="590"), "driver '580', but it is '590' here"),
-        (lambda runs: runs.model.update(window=8), "model.window '4', but it is '8' here"),
-        (lambda _: ["--pool-gib", "2"], r"settings.pool_gib '1.0', but it is '2.0' here"),
-        (lambda _: ["--reason-requests", "256"], "settings.reason_requests '64'"),
-        (lambda _: ["--commit", "d"], "commit 'c', but it is 'd' here"),
-        (lambda _: ["--arms", "fp8"], "already has reason-1k-8k of fp8. Leave it out"),
+        (lambda runs: runs.gpu.update(gpu_uuid="GPU-2"), "gpu_uuid GPU-1, here it is GPU-2"),
+        (lambda _: ["--pool-gib", "3"], "settings .*'pool_gib': 2.0, .* here .*'pool_gib': 3.0"),
+        (lambda _: ["--commit", "d"], "commit c, here it is d"),
     ],
-    ids=["card", "driver", "model", "pool", "load", "commit", "arm"],
+    ids=["card", "pool", "commit"],
 )
-def test_a_run_does_not_go_on_with_anything_else(runs, change, message):
-    before = runs.first.read_text()
-    flags = change(runs) or []
+def test_what_is_not_the_same_does_not_become_one_run(runs, change, message):
+    runs.run("bf16")
+    before = runs.report()
     with pytest.raises(ValueError, match=message):
-        runs.run(*LATER, *flags, "--continue", runs.first)
-    assert runs.first.read_text() == before
+        runs.run("dms", *(change(runs) or []))
+    assert runs.report() == before
 
 
-def test_a_run_that_does_not_say_its_gpu_does_not_go_on(runs):
-    report = json.loads(runs.first.read_text())
-    del report["gpu_uuid"]
-    runs.first.write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="does not say its 'gpu_uuid'"):
-        runs.run(*LATER, "--continue", runs.first)
+def test_an_engine_that_did_not_measure_all_fails_the_run_and_may_try_again(runs):
+    runs.problem = "out of time"
+    assert runs.run("dms") == ["dms did not measure all of prefill-8k: out of time"]
+    assert runs.report()["engines"][0]["error"] == "out of time"
+    runs.problem = None
+    assert runs.run("dms") == []
+    assert [row["engine"] for row in runs.report()["rows"]] == [1]
+    with pytest.raises(ValueError, match="already has prefill-8k of dms"):
+        runs.run("dms")
 
 
-def test_a_series_that_was_cut_short_is_measured_again(runs):
-    flags = ["--arms", "fp8", "--workloads", "decode-8k"]
-    runs.run(*flags, "--levels", "4,8", "--run-id", "r2", "--results", runs.path)
-    path = runs.path / "r2.json"
-    with pytest.raises(ValueError, match=r"settings.levels '\[4, 8\]', but it is '\[8\]' here"):
-        runs.run(*flags, "--levels", "8", "--continue", path)
-    runs.run(*flags, "--levels", "4,8", "--continue", path)  # of 4 and 8 it had 8
-    assert [row["concurrency"] for row in json.loads(path.read_text())["rows"]] == [8]
-    runs.run(*flags, "--levels", "8", "--run-id", "r3", "--results", runs.path)
-    with pytest.raises(ValueError, match="already has decode-8k at 8 of fp8"):
-        runs.run(*flags, "--levels", "8", "--continue", runs.path / "r3.json")
-
-
-@pytest.mark.parametrize("levels", ["4,1", "1,1", "0,2"])
-def test_concurrencies_rise(capsys, levels):
-    with pytest.raises(SystemExit):
-        bench_serving.parse_args(["--model", "m", "--pool-gib", "1", "--levels", levels])
-    assert "each above the one before" in capsys.readouterr().err
-
-
-def test_what_was_not_measured_is_what_a_run_ends_with(runs, monkeypatch):
-    def engine(name, *rest):
-        yield {"error": "out of time"} if "dms" in name else {"end": {}}
-
-    monkeypatch.setattr(bench_serving, "run_engine", engine)
-    flags = ["--model", str(runs.path), "--pool-gib", "1", "--workloads", "prefill-8k"]
-    flags += ["--results", str(runs.path), "--logs", str(runs.path), "--arms"]
-    parse = bench_serving.parse_args
-    (error,) = bench_serving.run(parse([*flags, "bf16,dms"]))
-    assert error == "dms did not measure all: out of time"
-    assert not bench_serving.run(parse([*flags, "bf16"]))
-
-
-def test_an_engine_that_failed_is_tried_again_beside_its_first_record(runs):
-    report = json.loads(runs.first.read_text())
-    runs.first.write_text(json.dumps(report | {"rows": []}))
-    runs.run("--arms", "fp8", "--workloads", "reason-1k-8k", "--continue", runs.first)
-    assert list(json.loads(runs.first.read_text())["arms"]["fp8"]) == ["reason", "reason-2"]
-
-
-CHILD = """
-import json, sys, time
-spec = json.loads(sys.argv[1])
-with open(spec["records"], "a") as file:
-    print(json.dumps({"row": {"left": spec["deadline"] - time.monotonic()}}), file=file, flush=True)
-    if spec["end"]: print('{"end": {}}', file=file, flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("end", [True, False])
-def test_what_an_engine_wrote_before_its_time_was_up_is_kept(monkeypatch, tmp_path, end):
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    monkeypatch.setattr(serving_process, "__file__", str(child))
-    seconds = serving_process.SHUTDOWN_SECONDS + 30 if end else 3
-    begin = time.monotonic()
-    row, second, log = serving_process.run_engine("x", {"end": end}, False, tmp_path, seconds)
-    # However long the child took to start, its time ends before it would be killed.
-    assert row["row"]["left"] < seconds - serving_process.SHUTDOWN_SECONDS
-    assert second == {"end": {}} if end else "did not end in time" in second["error"]
-    assert "log" in log and time.monotonic() - begin < 12
+@pytest.mark.slow
+def test_a_rehearsal_measures_two_arms_in_two_commands(tmp_path):
+    """Of each kind of engine one: stepped, offline, with clocks in it, a server."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    synthetic.make_checkpoint(model, "tiny", {**SHAPES["Qwen3-8B"], **TINY}, window=16)
+    common = ("--pool-gib", "0.004", "--scale", "64", "--levels", "1,3", "--steps", "6", "--eager")
+    common += ("--max-requests", "32", "--chunk", "64", "--seconds", "1200")
+    given = {"model": model, "out": out}
+    both = options(*common, **given, arms="bf16,dms", workloads="decode-8k,capacity-8k")
+    assert bench_serving.run(both) == []
+    others = options(*common, **given, workloads="prefill-8k,host-mixed,first-request")
+    assert bench_serving.run(others) == []
+    report = json.loads((out / "run.json").read_text())
+    steps = {engine["arm"]: engine for engine in report["engines"] if engine["group"] == "steps"}
+    assert steps["dms"]["log"]["DMS attention:"] and "DMS attention:" not in steps["bf16"]["log"]
+    held = {r["arm"]: r["requests_held"] for r in report["rows"] if r["workload"] == "capacity-8k"}
+    assert held["dms"] > held["bf16"] > 3
+    compression = [r["live_compression"] for r in report["rows"] if r["workload"] == "decode-8k"
+                   and r["arm"] == "dms"]  # fmt: skip
+    assert all(3 < value < 6 for value in compression)  # 17 in the window, 111 of which 1/8 stay
+    assert "live_compression" not in report["rows"][0]
+    prefill, mixed, first = (next(r for r in report["rows"] if r["workload"] == name) for name in
+                             ("prefill-8k", "host-mixed", "first-request"))  # fmt: skip
+    assert prefill["prefill_tok_s"] > 0 and mixed["num_steps"] == 20 and first["completed"] == 10
+    assert first["live_compression"] >= 1 and first["server_did_before"] == []

@@ -1,8 +1,7 @@
-"""The serving benchmarks measure what they say: windows in which only decoding happens, arms that
-differ in nothing but the cache."""
+"""The benchmarks measure what they say: windows in which only decoding happens, full pools, kernels
+that equal the plain operations."""
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,25 +18,24 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_kernels
-import bench_serving
-from kernel_arena import Arena
-from serving_driver import Driver, OutOfTimeError, Step, Window, quiet_tail
-from serving_plan import FIGURES, WORKLOADS, Plan
-from serving_workloads import MEASURING_SECONDS, Bench, held_when_full, mean_running
+import kernel_arena
+from decode import decode_rows
+from driver import Driver, Step, quiet_tail, window_of
+from host_time import METHODS, Clocks
+from steps import DECODE, Plan
 
 
-def step(time, tokens, running, waiting=0, preemptions=0):
-    return Step(time, tokens, running, waiting, usage=0.5, preemptions=preemptions)
+def step(time, tokens, running, resumed=0):
+    return Step(time, tokens, running, waiting=0, usage=0.5, resumed=resumed)
 
 
 def test_a_window_has_no_step_with_a_prefill_a_preemption_or_another_batch():
     quiet = [step(t, 4, 4) for t in (2.0, 2.1, 2.2)]
     assert quiet_tail([step(1.0, 3, 4), *quiet]) == 3  # one of four is in its prompt
-    assert quiet_tail([step(1.0, 4, 4, preemptions=1), *quiet]) == 3
+    assert quiet_tail([step(1.0, 4, 4, resumed=1), *quiet]) == 3
     assert quiet_tail([step(1.0, 5, 5), *quiet]) == 3
-    assert quiet_tail([*quiet, step(3.0, 3, 4)]) == 0 + quiet_tail([step(3.0, 3, 4)])
-    window = Window.of(quiet)
-    assert window.tokens == 8 and window.rate == pytest.approx(40)
+    assert quiet_tail([*quiet, step(3.0, 3, 4)]) == 0
+    assert window_of(quiet)["decode_tok_s"] == pytest.approx(40)
 
 
 class FakeEngine:
@@ -69,9 +67,8 @@ class FakeEngine:
         if self.waiting and len(self.running) < self.capacity:
             request = self.waiting.pop(0)
             self.running.append(request)
-            events[request.request_id] = [
-                EngineCoreEvent(EngineCoreEventType.SCHEDULED, timestamp=start)
-            ]
+            scheduled = EngineCoreEvent(EngineCoreEventType.SCHEDULED, timestamp=start)
+            events[request.request_id] = [scheduled]
             self.now += 0.9
         self.now += 0.1
         outputs = []
@@ -89,147 +86,73 @@ class FakeEngine:
                     kv_transfer_params={"dms": {"live_tokens": 2.0, "dense_tokens": 8}},
                 )
             )
-        stats = SchedulerStats(
-            num_running_reqs=len(self.running), num_waiting_reqs=len(self.waiting)
-        )
+        running, waiting = len(self.running), len(self.waiting)
+        stats = SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting)
         return EngineCoreOutputs(outputs=outputs, scheduler_stats=stats, timestamp=self.now)
 
 
-def fake_bench(workloads, capacity=20, levels=(1, 4), max_requests=32, deadline=float("inf")):
-    plan = Plan(workloads, list(levels), 10, max_requests, chunk=8, unit=1, reason_requests=6)
-    return Bench(Driver(FakeEngine(capacity), 50, 0, deadline), plan, pool_tokens=20 * 8)
+def rows_of(capacity, levels):
+    plan = Plan(list(DECODE), 8, levels, num_steps=10, max_requests=32, chunk=8, scale=1024)
+    return decode_rows(Driver(FakeEngine(capacity), 50, seed=0), plan, pool_tokens=20 * 8)
 
 
-def test_each_workload_gives_rows_with_every_figure():
-    rows = list(fake_bench(list(WORKLOADS)).run())
-    assert [row["workload"] for row in rows] == [
-        "prefill-8k", "decode-8k", "decode-8k", "capacity-8k", "saturated-8k", "prefill-32k",
-        "prefill-128k", "reason-1k-8k",
+def test_decode_capacity_and_a_full_pool_are_measured_in_one_engine():
+    rows = list(rows_of(capacity=20, levels=[1, 4]))
+    assert [(row["workload"], row["concurrency"]) for row in rows[:3]] == [
+        ("decode-8k", 1), ("decode-8k", 4), ("capacity-8k", 20)
     ]  # fmt: skip
-    assert all(set(FIGURES) <= set(row) for row in rows)
-    by_name = {(row["workload"], row["concurrency"]): row for row in rows}
-    assert by_name["prefill-8k", 1]["prefill_tok_s"] == pytest.approx(8)  # 8 tokens in 1 s
-    assert by_name["decode-8k", 4]["decode_tok_s"] == pytest.approx(40)
-    assert by_name["capacity-8k", 20]["requests_held"] == 20
+    assert [row["decode_tok_s"] for row in rows[:2]] == pytest.approx([10, 40])
+    assert rows[2]["requests_held"] == 20 and rows[2]["offered"] == 32
+    full = rows[3]
+    assert full["workload"] == "saturated-8k" and full["concurrency"] < 20
+    assert full["decode_tok_s"] == pytest.approx(10 * full["concurrency"])
+    assert full["requests_held"] == 20 and full["preemptions"] == 0
     assert all(row["live_compression"] == 4.0 for row in rows)
-    saturated = next(row for row in rows if row["workload"] == "saturated-8k")
-    assert saturated["decode_tok_s"] == pytest.approx(10 * saturated["concurrency"])
-    assert saturated["requests_held"] == 20 and saturated["preemptions"] == 0
-    reason = rows[-1]
-    assert reason["complete"] and reason["generated"] == 6 * 8 and reason["finished"] == 6
-    assert reason["requests_held"] == 6 and reason["preemptions"] == 0
 
 
-def test_a_level_that_the_pool_does_not_hold_is_left_out():
-    rows = list(fake_bench(["decode-8k"], capacity=3, levels=(2, 8)).run())
-    assert [row["concurrency"] for row in rows] == [2]
+def test_a_pool_that_does_not_hold_the_load_ends_the_run():
+    rows = rows_of(capacity=3, levels=[2, 8])
+    assert next(rows)["concurrency"] == 2
+    with pytest.raises(RuntimeError, match="does not hold 8 requests"):
+        next(rows)
 
 
-def test_time_that_runs_short_ends_the_filling_and_what_was_admitted_is_measured():
-    deadline = time.monotonic() + MEASURING_SECONDS / 2
-    rows = list(fake_bench(["decode-8k", "saturated-8k"], levels=(4,), deadline=deadline).run())
-    assert [row["workload"] for row in rows] == ["decode-8k", "capacity-8k", "saturated-8k"]
-    assert [row.get("complete") for row in rows] == [None, False, False]
-    assert 4 <= rows[1]["requests_held"] < 20
-    saturated = rows[2]
-    assert saturated["decode_tok_s"] == pytest.approx(10 * saturated["concurrency"])
-
-
-def test_no_step_runs_after_the_time_is_up():
-    with pytest.raises(OutOfTimeError):
-        list(fake_bench(["decode-8k"], deadline=0.0).run())
-
-
-def test_long_answers_that_run_out_of_time_are_counted_as_far_as_they_came(monkeypatch):
-    bench = fake_bench(["reason-1k-8k"])
-    time_left = iter([*[1.0] * 8, *[-1.0] * 9])
-    monkeypatch.setattr(bench.driver, "seconds_left", lambda: next(time_left))
-    (row,) = bench.run()
-    # A step for each of 6 prompts, in which those before it decode, then 2 more.
-    assert row["complete"] is False and row["generated"] == 1 + 2 + 3 + 4 + 5 + 6 + 6 + 6
-    assert row["finished"] == 1 and row["decode_tok_s"] == pytest.approx(row["generated"] / 6.2)
-
-
-def test_held_is_what_ran_while_others_waited_before_the_first_end():
-    running_and_waiting = [(2, 8), (10, 0), (8, 2), (7, 3), (6, 3), (1, 2), (2, 0)]
-    steps = [step(float(t), 0, *both) for t, both in enumerate(running_and_waiting)]
-    assert held_when_full(steps, 10) == 7
-    assert held_when_full([step(0.0, 0, 4), step(1.0, 0, 10)], 10) == 10
-    assert mean_running([step(0.0, 0, 10), step(3.0, 0, 2), step(4.0, 0, 0)]) == 8
-
-
-def options(*flags):
-    return bench_serving.parse_args(["--model", "/m", "--pool-gib", "2", *flags])
-
-
-def test_arms_differ_in_checkpoint_cache_and_plugin_only():
-    chosen = options("--workloads", ",".join(WORKLOADS), "--dms", '{"page_size": 32}')
-    for _, plan, pool in bench_serving.plans(chosen):
-        args = {
-            name: bench_serving.engine_args(arm, chosen.model, plan, pool, chosen)
-            for name, arm in bench_serving.ARMS.items()
-        }
-        own = ("model", "kv_cache_dtype", "additional_config")
-        common = [{k: v for k, v in a.items() if k not in own} for a in args.values()]
-        assert all(c == common[0] for c in common)
-        assert common[0]["enable_prefix_caching"] is False
-        assert common[0]["kv_cache_memory_bytes"] == pool
-        assert args["dms_noevict"]["additional_config"] == {
-            "dms": {"page_size": 32, "evict": False}
-        }
-        assert "additional_config" not in args["bf16"]
-
-
-def test_long_prompts_and_long_answers_have_engines_of_their_own():
-    chosen = options("--workloads", ",".join(WORKLOADS), "--reason-requests", "32")
-    names = [(name, plan.max_requests, pool) for name, plan, pool in bench_serving.plans(chosen)]
-    full = 2 << 30
-    assert names == [("8k", 1024, full), ("long", 8, full), ("reason", 32, full // 8)]
-    chosen.one_engine = True
-    merged = bench_serving.plans(chosen)[0][1]
-    assert merged.max_model_len > 131072 and merged.max_requests == 1024
-
-
-def test_graphs_cover_every_batch_that_can_run():
-    assert bench_serving.capture_sizes(1024)[-1] == 1024
-    assert bench_serving.capture_sizes(256)[-2:] == [248, 256]
-    assert bench_serving.capture_sizes(5) == [1, 2, 4, 5]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_an_arena_is_made_at_every_draw_of_rates(seed):
-    """A row that keeps all it is given needs every page of a request's longest length."""
-    torch.manual_seed(seed)
-    for chunk, stored in ((1, 600), (40, 600), (40, 0)):
-        arena = Arena(torch.bfloat16, 8, chunk, stored, num_layers=1, device="cpu")
-        assert int(arena.saved_live.max()) <= stored
-        assert int((arena.state.block_rows > 0).sum(1).max()) <= arena.layout.max_blocks_per_request
+def test_host_times_are_those_of_steps_with_so_many_tokens(monkeypatch):
+    now = iter(range(1000))
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(f"time.{clock}", lambda: next(now) * 1e-6)
+    made = iter(SimpleNamespace(total_num_scheduled_tokens=n) for n in (9, 4, 9, 9))
+    part = SimpleNamespace(**{method: lambda *args: None for _, method in METHODS.values()})
+    part.schedule = lambda: next(made)
+    clocks = Clocks(SimpleNamespace(scheduler=part, model_executor=part))
+    for _ in range(4):  # of the last the update is still to come
+        output = part.schedule()
+        part.execute_model(output), part.sample_tokens(None)
+        if len(clocks.steps) < 4:
+            part.update_from_output(output, None)
+    figures = clocks.figures(first=1, tokens=9)
+    assert figures["num_steps"] == 1 and set(figures["cpu_us"]) == set(METHODS)
+    assert figures["host_cpu_ms"] == pytest.approx(4e-3) == 4 * figures["cpu_us"]["update"] / 1000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's run of bench_kernels does this")
 @pytest.mark.parametrize("storage", bench_kernels.STORAGE)
 @pytest.mark.parametrize(("chunk", "stored"), [(1, 600), (40, 600), (40, 0)])
-def test_stores_are_gated_and_what_they_move_is_counted(monkeypatch, storage, chunk, stored):
+def test_a_store_that_is_wrong_is_not_timed(monkeypatch, storage, chunk, stored):
     torch.manual_seed(chunk + stored)
-    arena = Arena(bench_kernels.STORAGE[storage], 2, chunk, stored, num_layers=1, device="cpu")
+    kind = bench_kernels.STORAGE[storage]
+    arena = kernel_arena.Arena(kind, 2, chunk, stored, num_layers=1, device="cpu")
     before = arena.raw.clone()
     bench_kernels.gate_store("store", arena)
     assert torch.equal(arena.raw, before) and torch.equal(arena.state.live, arena.saved_live)
-
-    arena.store(0)
-    moved, rows = arena.bytes_moved(0), 2 * 8
-    slot = 512 if storage == "bf16" else 2 * (128 + 2)
-    kept = int(arena.state.live.sum() - arena.saved_live.sum()) - (0 if stored else rows * chunk)
-    if chunk == 1:
-        assert moved == {"store": rows * (512 + slot) + kept * 2 * slot}
-    else:
-        assert moved["store"] == kept * (512 + slot)
-        assert moved["store_window"] == rows * chunk * (512 + slot)
-        stored_slots = int(arena.saved_live.sum())
-        assert moved["prefill"] == 2 * chunk * (8 * 512 + 2 * 32 * 256) + stored_slots * slot
-
-    arena.restore()
-    arena.raw.copy_(before)
-    monkeypatch.setattr(bench_kernels.TorchOps, "store", lambda *args: None)
+    monkeypatch.setattr(arena.plain, "store", lambda *args: None)
     with pytest.raises(SystemExit, match="not timed"):
         bench_kernels.gate_store("store", arena)
+
+
+def test_attention_that_is_wrong_is_not_timed():
+    exact = torch.randn(4, 8)
+    bench_kernels.gate("decode", (exact.bfloat16(), exact))
+    for wrong in (exact + 0.1, exact * float("nan")):
+        with pytest.raises(SystemExit, match="not timed"):
+            bench_kernels.gate("decode", (wrong, exact))

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from core_sim import make_config, make_engine, make_layout
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from vllm_dms.arena import spec
@@ -15,7 +14,7 @@ from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.arena.spec import make_spec
 from vllm_dms.arena.storage import FP8Storage, ModelStorage
-from vllm_dms.backend.state import allocate_state
+from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
 from vllm_dms.core import stats
@@ -37,6 +36,21 @@ def make_specs(storage=FLOAT32, reserve_compression=1.0):
 # The spec, as vLLM plans with it.
 
 
+def plan(vllm_config, specs, memory):
+    """vLLM's KV cache configuration for one worker with `memory` bytes."""
+    vllm_config.cache_config.kv_cache_layout = "BLHNC"
+    try:
+        from vllm.v1.core import kv_cache_planning as planning
+    except ImportError:  # vLLM 0.32
+        from vllm.v1.core import kv_cache_utils as planning
+
+        (config,) = planning.get_kv_cache_configs(vllm_config, [specs], [memory])
+    else:
+        groups = planning.get_global_kv_cache_groups(vllm_config, [specs])
+        (config,) = planning.get_kv_cache_configs(vllm_config, [specs], [memory], groups)
+    return config
+
+
 @pytest.mark.parametrize("storage", [FLOAT32, ModelStorage(torch.bfloat16), FP8Storage()], ids=str)
 def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(storage):
     from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -44,9 +58,7 @@ def test_vllm_plans_one_group_and_one_allocation_of_whole_blocks(storage):
     vllm_config, specs = make_specs(storage)
     layout = specs[LAYERS[0]].layout
     assert specs[LAYERS[0]].page_size_bytes * len(LAYERS) == layout.block_bytes
-    vllm_config.cache_config.kv_cache_layout = "BLHNC"
-    memory = 20 * layout.block_bytes + 5
-    (config,) = kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [memory])
+    config = plan(vllm_config, specs, 20 * layout.block_bytes + 5)
     (group,) = config.kv_cache_groups
     assert group.kv_cache_spec == specs[LAYERS[0]]
     assert config.num_blocks == 20
@@ -62,15 +74,14 @@ def test_start_up_needs_a_dense_request_or_what_the_user_counts_on(
 ):
     # 256 tokens are 16 blocks of 16; a chunk of 48 is 3.
     vllm_config, specs = make_specs(reserve_compression=reserve_compression)
-    vllm_config.cache_config.kv_cache_layout = "BLHNC"
     size = specs[LAYERS[0]].layout.block_bytes
     null = 1
     monkeypatch.setattr(spec.logger, "propagate", True)
     caplog.clear()
-    kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [(blocks + null) * size])
+    plan(vllm_config, specs, (blocks + null) * size)
     assert not [r for r in caplog.records if "too small" in r.getMessage()]
     with pytest.raises(ValueError, match="max seq len"):
-        kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [(blocks + null) * size - 1])
+        plan(vllm_config, specs, (blocks + null) * size - 1)
     (record,) = [r for r in caplog.records if "too small" in r.getMessage()]
     assert f"may need {blocks} blocks of {size} bytes" in record.getMessage()
     assert f"reserve_compression {reserve_compression:g}: 16 blocks" in record.getMessage()
@@ -139,9 +150,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 def test_updates_reach_the_device_state(device):
     state = make_state(device)
-    state.pages_used.fill_(5)
+    counters = (state.pages_used, state.leaves_used)
+    for counter in counters:
+        counter.fill_(5)
     apply_updates(state, make_meta([1]))
-    assert state.pages_used.tolist() == [5] * 5
+    assert all(counter.tolist() == [5] * 5 for counter in counters)
     updates = [(2, 0, 9), (2, 1, 4), (3, 0, 11), (1, 2, 6)]
     apply_updates(state, make_meta([1, 2, 3], updates, [(2, 9), (3, 11)]))
     assert state.block_rows[2, :2].tolist() == [9, 4]
@@ -149,13 +162,14 @@ def test_updates_reach_the_device_state(device):
     assert state.block_rows.sum() == 30
     assert state.state_of_block[9] == 2 and state.state_of_block[11] == 3
     assert state.state_of_block.sum() == 5
-    assert state.pages_used.tolist() == [5, 5, 0, 0, 5]
+    assert all(counter.tolist() == [5, 5, 0, 0, 5] for counter in counters)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_reports_keep_their_own_step_while_later_ones_are_made(device):
     state = make_state(device)
-    reporter = Reporter(state, TorchOps())
+    scratch = allocate_scratch(state.layout, 1, device)
+    reporter = Reporter(state, TorchOps(state, scratch, make_config()[1], 1.0))
     reports = []
     for step in range(1, 20):
         state.live.fill_(step)

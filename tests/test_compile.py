@@ -21,24 +21,27 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of a program, by compute ca
 
 
 @pytest.mark.parametrize(
-    ("storage", "head_dim", "group", "capability"),
+    ("storage", "head_dim", "group", "capability", "page_size", "max_pages"),
     [
-        ("bfloat16", 128, 4, 90),
-        ("bfloat16", 256, 2, 89),
-        ("float16", 64, 1, 90),
-        ("fp8", 128, 8, 90),
-        ("fp8", 80, 2, 90),
-        ("fp8", 16, 2, 90),
-        ("float32", 128, 4, 90),
-        ("bfloat16", 128, 4, 80),
-        ("fp8", 128, 4, 89),
-        ("bfloat16", 128, 4, 100),
+        ("bfloat16", 128, 4, 90, 64, 2048),
+        ("bfloat16", 256, 2, 89, 64, 2048),
+        ("float16", 64, 1, 90, 64, 32),
+        ("fp8", 128, 8, 90, 64, 2048),
+        ("fp8", 80, 2, 90, 8, 2048),
+        ("fp8", 16, 2, 90, 16, 32),
+        ("float32", 128, 4, 90, 16, 2048),
+        ("bfloat16", 128, 4, 80, 64, 2048),
+        ("fp8", 128, 4, 89, 64, 2048),
+        ("bfloat16", 128, 4, 100, 16, 2048),
     ],
 )
-def test_every_kernel_compiles(storage, head_dim, group, capability, tmp_path):
+def test_every_kernel_compiles(
+    storage, head_dim, group, capability, page_size, max_pages, tmp_path
+):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(SCRIPT), storage, *map(str, (head_dim, group, capability))]
+    numbers = map(str, (head_dim, group, capability, page_size, max_pages))
+    command = [sys.executable, str(SCRIPT), storage, *numbers]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

@@ -8,6 +8,8 @@ from checkpoints import random_tokens
 from engines import edit_config, engine_args, engine_config, generate, sampling
 from vllm import envs
 
+from vllm_dms.backend.runtime import get_runtime
+
 REFUSED = {
     "speculation": (
         {
@@ -135,6 +137,17 @@ def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):
 def test_prefix_caching_is_turned_off(checkpoint):
     config = engine_config(checkpoint("nvidia-borrowed"), enable_prefix_caching=True)
     assert config.cache_config.enable_prefix_caching is False
+
+
+@pytest.mark.parametrize("chosen", [{}, {"block_size": 64}])
+def test_the_arenas_block_is_the_one_that_vllm_settles_on(checkpoint, make_engine, chosen):
+    """vLLM chooses a size once the model is built, when the arena's layout is fixed already."""
+    llm = make_engine(checkpoint("nvidia-borrowed"), kv_cache_dtype="dms", **chosen)
+    vllm_config = llm.llm_engine.vllm_config
+    size = get_runtime(vllm_config).layout.block_size
+    assert vllm_config.cache_config.block_size == size
+    if vllm_config.device_config.device_type == "cpu":
+        assert size == chosen.get("block_size", 128)
 
 
 def test_overrides_reach_the_workers_config(checkpoint):

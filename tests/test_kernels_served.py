@@ -4,41 +4,41 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_kernels import Case, assert_as_good_as_torch, assert_same_state, check, null_batch
+from kernel_cases import Case, assert_as_good_as_plain, assert_same_state, check, null_batch
 
 pytestmark = pytest.mark.gpu
 
 SERVED = Case(
     dim=128, heads=8, group=4, window=512, page=64, lengths=(1, 63, 513, 1500, 2100),
-    rates=(0.95, 0.5, 0.9, 1.0, 0.0, 0.8, 0.99, 0.7), tuning=None,
+    rates=(0.95, 0.5, 0.9, 1.0, 0.0, 0.8, 0.99, 0.7), tuning=None, dtype=torch.bfloat16,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
-def test_at_the_size_that_serves(fp8):
+@pytest.mark.parametrize("storage", ["model", "fp8"])
+def test_at_the_size_that_serves(storage):
     # Long chunks first, so that few of the plain version's slow steps remain.
     chunks = (700, 1, 260, 513, 1, 640)
-    check(replace(SERVED, dtype=torch.bfloat16, fp8=fp8, chunks=chunks))
+    check(replace(SERVED, storage=storage, rounded=storage != "model", chunks=chunks))
 
 
 def test_a_captured_step_replays_for_other_requests():
     """Captured on the null state, replayed twice: the same as the eager steps."""
-    case = replace(SERVED, dtype=torch.bfloat16, lengths=(600, 700), chunks=(597, 1))
-    eager, expected = case.run(kernels=True)
+    case = replace(SERVED, lengths=(600, 700), chunks=(597, 1))
+    eager, _ = case.run(kernels=True)
+    _, plain = case.run(kernels=False)
     harness, seqs = case.harness(kernels=True), case.sequences()
     for index, seq in enumerate(seqs):
         harness.start(index)
         harness.step([(index, seq, len(seq) - 2)])
 
     inputs = [getattr(seqs[0], n)[:3].clone() for n in ("query", "key", "value", "alpha")]
-    query, key, value, alpha = inputs
-    output = torch.zeros_like(query)
-    batch = null_batch(harness, counts=(1, 1, 1), stored=(0, 0, 0))
+    output = torch.zeros_like(inputs[0])
+    batch = null_batch(counts=(1, 1, 1), stored=(0, 0, 0))
 
     def step():
+        harness.ops.begin_step(batch)
         for layer in range(2):
-            harness.ops.store(harness.state, batch, harness.config, layer, key, value, alpha)
-            harness.ops.decode(harness.state, batch, layer, query, output, harness.scale)
+            harness.run_layer(batch, layer, *inputs, output)
 
     step()
     torch.cuda.synchronize()
@@ -57,5 +57,5 @@ def test_a_captured_step_replays_for_other_requests():
         for i, seq in enumerate(seqs):
             seq.outputs.append(output[i : i + 1].clone())
     assert_same_state(case, harness, eager)
-    for seq, truth in zip(seqs, expected, strict=True):
-        assert_as_good_as_torch(case, seq, truth)
+    for seq, other in zip(seqs, plain, strict=True):
+        assert_as_good_as_plain(case, seq, other)

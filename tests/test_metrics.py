@@ -75,7 +75,7 @@ class Seen:
         return {"live_tokens": live, "dense_tokens": dense, "held_blocks": held}
 
 
-@pytest.mark.parametrize("ranks", [1])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_what_reaches_the_front_end_is_what_the_workers_hold(ranks):
     engine = make_engine(1.0, ranks=ranks)  # 16 blocks
     payloads, seen = payloads_of(engine), Seen(engine)

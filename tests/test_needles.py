@@ -1,13 +1,15 @@
-"""Laws of the tiny model's corpus: a piece is a token, lengths are exact, answers stand in the
-text."""
+"""How the embedded checkpoint is made: a piece of its corpus is a token, lengths are exact, answers
+stand in the text, and random eviction evicts at its rates."""
 
 from random import Random
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from benchmarks.tiny import needles
-from benchmarks.tiny.tokenizer import build_tokenizer
+from examples.tiny import needles
+from examples.tiny.controls import RandomEviction
+from examples.tiny.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +59,9 @@ def test_held_out_documents(tokenizer, length):
             assert fact.startswith("The code of ") and fact.endswith(answer)
             # Stated once in the document, once more in the answer.
             assert tokenizer.decode(ids).count(fact) == 2 and 0 <= depth <= 1
+
+
+def test_random_eviction_matches_its_rates():
+    rates = torch.tensor([[0.2, 0.9]])
+    _, evict = RandomEviction(rates, seed=0)(torch.zeros(4, 2, 5000), layer=0)
+    torch.testing.assert_close(evict.mean((0, 2)), rates[0], rtol=0, atol=0.02)

@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import vllm
 from engines import NOISE, engine_args, prompts
 
 from vllm_dms.reference import ReferenceModel
+
+# An IndexError of stock vLLM 0.33.0: the second engine looks for a memory node of its own.
+SECOND_ENGINE = pytest.mark.skipif(
+    vllm.__version__.startswith("0.33.0")
+    and not torch.cuda.is_available()
+    and len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) < 2,
+    reason="vLLM 0.33.0 can't run two engines on a CPU with one memory node",
+)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two workers need two GPUs")
@@ -19,7 +28,7 @@ from vllm_dms.reference import ReferenceModel
     [
         ("tensor_parallel_size", "nvidia-adapter"),
         ("tensor_parallel_size", "nvidia-borrowed"),
-        ("data_parallel_size", "nvidia-borrowed"),
+        pytest.param("data_parallel_size", "nvidia-borrowed", marks=SECOND_ENGINE),
     ],
 )
 @pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.gpu)])

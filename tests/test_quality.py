@@ -10,7 +10,7 @@ from checkpoints import random_tokens
 from benchmarks.quality.controls import Blind
 from benchmarks.quality.engine import distance
 from benchmarks.quality.task import Task
-from benchmarks.tiny.tokenizer import build_tokenizer
+from examples.tiny.tokenizer import build_tokenizer
 from vllm_dms.reference import live_counts
 
 TOKENS, VOCAB = 40, 50

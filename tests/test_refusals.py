@@ -37,6 +37,14 @@ def test_plain_operations_do_not_go_into_a_cuda_graph(checkpoint, monkeypatch):
     assert not refusals(vllm_config, config, kernels="torch")
 
 
+def test_reports_of_a_failed_step_are_not_to_be_joined_with_the_next_ones(checkpoint):
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"))
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    vllm_config.parallel_config.enable_fault_tolerance = True  # vLLM wants it with a balancer only
+    (text,) = refusals(vllm_config, config)
+    assert "Remove --enable-fault-tolerance" in text
+
+
 class Settings:
     """vLLM takes any hashable object as additional_config."""
 

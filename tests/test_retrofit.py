@@ -9,10 +9,10 @@ from checkpoints import adapter_weights
 from engines import NOISE, generate, sampling
 from retrofit_runs import FAMILIES, WINDOW, dense, run  # noqa: F401 - dense is a fixture
 
+from examples.tiny.controls import load_dms
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import ReferenceModel
 from vllm_dms.retrofit import __main__ as cli
-from vllm_dms.retrofit.checkpoint import load_dms
 from vllm_dms.retrofit.forward import forward
 from vllm_dms.retrofit.gates import hard
 

@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from vllm_dms.retrofit import attention, data, losses, memory, rotary
 from vllm_dms.retrofit.checkpoint import prepare
 from vllm_dms.retrofit.forward import forward
-from vllm_dms.retrofit.gates import GumbelSigmoid, RandomEviction
+from vllm_dms.retrofit.gates import GumbelSigmoid
 from vllm_dms.retrofit.losses import live_tokens
 from vllm_dms.retrofit.recipe import Recipe
 
@@ -28,12 +28,6 @@ def test_gumbel_sigmoid_gates():
     assert ((log_keep < -0.7) == (evict > 0.5)).float().mean() > 0.99
     evict.mean().backward()
     assert logits.grad.abs().sum() > 0 and (logits.grad >= 0).all()
-
-
-def test_random_eviction_matches_its_rates():
-    rates = torch.tensor([[0.2, 0.9]])
-    _, evict = RandomEviction(rates, seed=0)(torch.zeros(4, 2, 5000), layer=0)
-    torch.testing.assert_close(evict.mean((0, 2)), rates[0], rtol=0, atol=0.02)
 
 
 def test_live_tokens_counts_survivors():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from retrofit_runs import dense, run  # noqa: F401 - dense is a fixture
 
-from benchmarks.tiny import train_dense
+from examples.tiny import train_dense
 from vllm_dms.retrofit import __main__ as cli
 from vllm_dms.retrofit.attention import attention
 from vllm_dms.retrofit.determinism import deterministic

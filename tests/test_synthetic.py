@@ -14,7 +14,7 @@ from vllm_dms.reference import ReferenceModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import synthetic
-from shapes import SHAPES, read_shape
+from shapes import SHAPES
 
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 4096,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
@@ -68,15 +68,6 @@ def test_the_dense_checkpoint_is_the_dms_checkpoint_without_its_adapter(tmp_path
     assert config.dialect == dialect and config.window == 512 and config.nominal_ratio == 8
     assert DMSConfig.from_checkpoint(configs[1]) is None
     assert configs[1]["architectures"] == ["Qwen3ForCausalLM"]
-
-
-def test_a_shape_is_read_from_a_config_file(tmp_path):
-    path = tmp_path / "my-model" / "config.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({**SHAPES["Llama-3.1-8B"], "dms_cr": 8, "eos_token_id": 7}))
-    assert read_shape(str(path)) == ("my-model", SHAPES["Llama-3.1-8B"])
-    with pytest.raises(ValueError, match="neither a file nor one of Qwen3"):
-        read_shape("Qwen3-9B")
 
 
 def test_any_sequence_of_tokens_survives_the_tokenizer():

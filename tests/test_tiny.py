@@ -9,7 +9,7 @@ import torch
 from engines import NOISE, generate, worst_error
 
 import vllm_dms
-from benchmarks.tiny.needles import make_prompts
+from examples.tiny.needles import make_prompts
 from vllm_dms import verify
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import ReferenceModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arena_harness import Harness, Sequence, feed, make_config
+from arena_harness import Harness, Sequence, assert_taken_from_own_blocks, feed, make_config
 
 from vllm_dms import reference
 from vllm_dms.arena.layout import ArenaLayout
@@ -14,7 +14,7 @@ from vllm_dms.backend.torch_ops import TorchOps
 PLAIN = ModelStorage(torch.float32)
 
 
-def make_layout(window, page_size=8, storage=PLAIN, heads=2, layers=1):
+def make_layout(window, page_size=8, storage=PLAIN, heads=2, layers=1, leaf_size=0):
     return ArenaLayout(
         num_layers=layers,
         num_kv_heads=heads,
@@ -24,6 +24,7 @@ def make_layout(window, page_size=8, storage=PLAIN, heads=2, layers=1):
         block_size=16,
         storage=storage,
         max_model_len=256,
+        leaf_size=leaf_size,
     )
 
 
@@ -32,7 +33,7 @@ def make_layout(window, page_size=8, storage=PLAIN, heads=2, layers=1):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_attention_is_exact_for_any_chunking(window, shift, chunks):
     layout, config = make_layout(window), make_config(window, shift)
-    harness = Harness(TorchOps(), config, layout, num_seqs=3)
+    harness = Harness(TorchOps, config, layout, num_seqs=3)
     lengths = (1, 90, 133)
     seqs = [Sequence(n, layout, 2, [0.9, 0.5], seed=n) for n in lengths]
     feed(harness, seqs, chunks)
@@ -46,9 +47,26 @@ def test_attention_is_exact_for_any_chunking(window, shift, chunks):
     assert not harness.state.live[0].any() and not harness.state.page_table[0].any()
 
 
+@pytest.mark.parametrize("leaf_size", [1, 2, 8])
+def test_leaves_are_taken_as_rows_grow_and_surplus_blocks_hold_none(leaf_size):
+    """Many crossings from one leaf to the next, by steps of every size; checked at each."""
+    layout, config = make_layout(8, heads=3, layers=2, leaf_size=leaf_size), make_config(8)
+    harness = Harness(TorchOps, config, layout, num_seqs=2)
+    seqs = [Sequence(250, layout, 2, [0.0, 0.5, 0.97], seed=i) for i in range(2)]
+    for index in range(2):
+        harness.start(index)
+    for count in [1] * 20 + [60, 1, 1, 7, 90, 1, 33]:
+        harness.step([(index, seq, count) for index, seq in enumerate(seqs)])
+        assert_taken_from_own_blocks(harness, 2)
+    assert harness.state.leaves_used[1:].min() > 20 // leaf_size
+    for seq in seqs:
+        expected = seq.expected(config, harness.scale)[: seq.stored]
+        torch.testing.assert_close(torch.cat(seq.outputs), expected)
+
+
 def test_without_eviction_every_token_stays():
     layout, config = make_layout(8), make_config(8, evict=False)
-    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    harness = Harness(TorchOps, config, layout, num_seqs=1)
     seq = Sequence(100, layout, 2, 0.9, seed=0)
     feed(harness, [seq], (33, 1))
     assert harness.state.live[1, 0].tolist() == [100, 100]
@@ -57,7 +75,7 @@ def test_without_eviction_every_token_stays():
 
 def test_fp8_stays_close_and_moves_without_a_second_rounding():
     layout, config = make_layout(8, storage=FP8Storage()), make_config(8)
-    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    harness = Harness(TorchOps, config, layout, num_seqs=1)
     seq = Sequence(120, layout, 2, 0.5, seed=0)
     # As stored: each value rounded once, at its own scale.
     for name in ("key", "value"):
@@ -70,7 +88,7 @@ def test_fp8_stays_close_and_moves_without_a_second_rounding():
 
 def test_the_report_bounds_what_the_next_tokens_take():
     layout, config = make_layout(4), make_config(4)
-    harness = Harness(TorchOps(), config, layout, num_seqs=1)
+    harness = Harness(TorchOps, config, layout, num_seqs=1)
     seq = Sequence(200, layout, 2, [0.9, 0.0], seed=3)
     harness.start(0)
     out = torch.zeros(harness.state.pages_used.shape[0], REPORT_HORIZON + 2, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Run-time patches of vLLM 0.32, one function each, and the check of the hooks the plugin needs.
+"""Run-time patches of vLLM, one function each, and the check of the hooks the plugin needs.
 
 Every patch says: symptom, cause, what changes, when to remove it. Each is idempotent, changes
 nothing for a server that does not ask for DMS, and raises `MissingHookError` naming its target
@@ -8,60 +8,20 @@ if vLLM no longer has it. `patches/` holds the source diff that makes each of th
 import copy
 import functools
 import importlib
+import inspect
 import logging
+import sys
 import typing
 from collections.abc import Callable, Iterable
+
+from vllm_dms.hooks import REQUIRED_HOOKS
 
 # vLLM gives handlers and a level only to the loggers below "vllm"; this package's join them.
 # Without it warnings come bare, and the start-up banner not at all.
 logging.getLogger("vllm_dms").parent = logging.getLogger("vllm")
 logger = logging.getLogger(__name__)
 
-TESTED_VERSIONS = ("0.32.0",)
-
-# What the plugin builds on, "module:attribute.path", and what for. Listed is what a newer vLLM may
-# rename without an import error in the plugin itself: what is overridden, filled in or patched.
-_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1."
-_METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnector"
-_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager."
-REQUIRED_HOOKS = {
-    "vllm.config.cache:CacheDType": "the flag --kv-cache-dtype",
-    "vllm.config.vllm:VllmConfig.try_verify_and_update_config": "checks before the engine starts",
-    "vllm.engine.arg_utils:EngineArgs.create_model_config": "checkpoints without architectures",
-    "vllm.config:CompilationConfig._attention_ops": "CUDA graphs around attention",
-    "vllm.model_executor.models.registry:ModelRegistry.inspect_model_cls": "the models",
-    "vllm.model_executor.models.registry:ModelRegistry.register_model": "the models",
-    "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": "the KV cache spec",
-    "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM": "the attention backend",
-    "vllm.v1.attention.backends.registry:register_backend": "the attention backend",
-    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": "the KV cache spec",
-    "vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs": "the KV cache spec",
-    _MANAGER + "get_num_blocks_to_allocate": "blocks that follow the survivors",
-    _MANAGER + "allocate_new_blocks": "blocks that follow the survivors",
-    _MANAGER + "new_step_starts": "blocks that follow the survivors",
-    _MANAGER + "pop_blocks_for_free": "the end of a request",
-    _MANAGER + "remove_skipped_blocks": "leaving eviction to the worker",
-    _MANAGER + "cache_blocks": "keeping blocks out of the prefix cache",
-    _CONNECTOR + "bind_kv_cache_manager": "the channel from scheduler to worker",
-    _CONNECTOR + "build_connector_meta": "the channel from scheduler to worker",
-    _CONNECTOR + "on_new_request": "streaming input",
-    _CONNECTOR + "register_kv_caches": "the arena",
-    _CONNECTOR + "requires_kv_delivery": "freeing blocks at once",
-    _CONNECTOR + "start_load_kv": "the channel from scheduler to worker",
-    _CONNECTOR + "build_connector_worker_meta": "reports of the pages in use",
-    _CONNECTOR + "update_connector_output": "reports of the pages in use",
-    _CONNECTOR + "has_pending_block_frees": "waiting for blocks that are about to return",
-    _CONNECTOR + "get_block_ids_with_load_errors": "ending a request that can never fit",
-    _CONNECTOR + "get_transfer_results": "ending a waiting request that can never fit",
-    _CONNECTOR + "get_kv_connector_stats": "the metrics",
-    _CONNECTOR + "build_kv_connector_stats": "the metrics",
-    _CONNECTOR + "build_prom_metrics": "the metrics",
-    _METRICS + "Stats.is_empty": "the metrics",
-    _METRICS + "Stats.aggregate": "the metrics",
-    _METRICS + "Stats.reduce": "the metrics",
-    _METRICS + "PromMetrics.observe": "the metrics",
-    "vllm.v1.request:RequestStatus.WAITING_FOR_REMOTE_KVS": "ending such a waiting request",
-}
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
 
 
 class MissingHookError(RuntimeError):
@@ -99,18 +59,31 @@ def resolve_hook(name: str) -> object:
     """The object "module:attribute.path"; raises MissingHookError if it is gone."""
     module, _, path = name.partition(":")
     try:
-        return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        return functools.reduce(_attribute, path.split("."), importlib.import_module(module))
     except (ModuleNotFoundError, AttributeError) as error:
         raise MissingHookError({name: REQUIRED_HOOKS.get(name, "a patch")}) from error
+
+
+def _attribute(owner: typing.Any, name: str) -> typing.Any:
+    """getattr; of a field that a class only declares, what it is declared to be."""
+    if inspect.isclass(owner) and not hasattr(owner, name):
+        for cls in owner.__mro__:
+            if name in (declared := inspect.get_annotations(cls)):
+                return declared[name]
+    return getattr(owner, name)
 
 
 def check_hooks(hooks: dict[str, str] = REQUIRED_HOOKS) -> None:
     """Raise one MissingHookError that names every hook that is gone.
 
-    Imports the modules it looks into, so it belongs where DMS is asked for, not in `register`.
+    Called where DMS is asked for, and again by the first worker layer: layers and models, which
+    take seconds to import, are looked at only by a process that has them.
     """
     missing = {}
     for name, purpose in hooks.items():
+        module = name.partition(":")[0]
+        if module.startswith("vllm.model_executor.") and module not in sys.modules:
+            continue
         try:
             resolve_hook(name)
         except MissingHookError:
@@ -123,7 +96,8 @@ def patch_cache_dtype(names: Iterable[str] = ("dms", "dms_fp8")) -> None:
     """Let --kv-cache-dtype and CacheConfig accept `names`.
 
     Symptom: `invalid choice: 'dms'` on the command line, a pydantic error in `LLM(...)`.
-    Cause: the accepted values are a `Literal`, read by argparse, pydantic and the backend selector.
+    Cause: in vLLM 0.32 the accepted values are a `Literal`, read by argparse, pydantic and the
+        backend selector.
     Change: the values are appended to that Literal, and what was derived from it is rebuilt.
     Remove when: the oldest supported vLLM has `register_kv_cache_dtype` (0.33), used here if there.
     """
@@ -148,7 +122,7 @@ def patch_cache_dtype(names: Iterable[str] = ("dms", "dms_fp8")) -> None:
 
 
 class _ComputeDtype:
-    """Handler for `register_kv_cache_dtype`; the configuration hook replaces the value by "auto"
+    """vLLM's `KVCacheDTypeHandler`; the configuration hook replaces the value by "auto"
     before anything is stored, so nothing here decides how the cache is laid out."""
 
     def torch_dtype(self) -> object:
@@ -156,20 +130,15 @@ class _ComputeDtype:
 
         return torch.bfloat16
 
-    def is_quantized(self) -> bool:
-        return False
-
     def quant_mode(self) -> object:
         return importlib.import_module("vllm.v1.kv_cache_interface").KVQuantMode.NONE
-
-    def supports_platform(self, platform: object) -> bool:
-        return True
 
 
 def wrap_config_hook(configure: Callable[[typing.Any], None]) -> None:
     """Call `configure(vllm_config)` before vLLM's own per-architecture checks, for every model.
 
-    Symptom: `dms` on a model without DMS ends in a bare `KeyError: 'dms'` in the worker.
+    Symptom: `dms` on a model without DMS ends in a bare `KeyError: 'dms'` in the worker, since
+        vLLM 0.33 in an error that says that the attention backend does not support it.
     Cause: vLLM calls configuration hooks by architecture (MODELS_CONFIG_MAP) and only once per
         model config; a plugin can't see the other architectures.
     Change: `VllmConfig.try_verify_and_update_config` calls `configure` first, on every call that

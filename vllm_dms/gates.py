@@ -135,6 +135,10 @@ def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
         "--enable-dbo is set, but DMS keeps one step's state at a time. Remove it.": (
             parallel.use_ubatching
         ),
+        "--enable-fault-tolerance is set, but after a failed step vLLM may hand on its report of "
+        "pages in use with the next step's. Remove --enable-fault-tolerance.": (
+            parallel.enable_fault_tolerance
+        ),
         "--enable-lora is set, but adapters on q_proj would change eviction decisions, which is "
         "not tested. Merge the adapter into the checkpoint or remove --enable-lora.": (
             vllm_config.lora_config
@@ -208,6 +212,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
             "one request, which another request can't share."
         )
         cache.enable_prefix_caching = False
+    if current_platform.is_cpu() and not cache.user_specified_block_size:
+        # vLLM's own choice there, which 0.33 makes only after the model fixed the arena's layout.
+        cache.block_size = 128
     backend = vllm_config.attention_config.backend
     if backend is not None:
         logger.warning("--attention-backend %s has no effect: DMS brings its own.", backend.name)

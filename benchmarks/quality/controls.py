@@ -1,12 +1,13 @@
 """Controls with the memory that dms needs, in the reference model: random eviction, window only."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from vllm_dms.reference import ReferenceModel, live_counts
 from vllm_dms.verify import compare, first_affected
 
+from .engine import summary
 from .task import Question, Task
 
 BIG = 1e4  # a decision logit that leaves no doubt
@@ -25,29 +26,20 @@ class Blind(ReferenceModel):
         return (logit / dms.alpha_scale).to(x)
 
 
-@dataclass(frozen=True)
-class Served:
-    """What dms itself keeps."""
-
-    window: int
-    live_share: list[list[float]]  # (L, H) at the longest length
-
-
-def run_controls(task: Task, dtype: str) -> tuple[Served, list[dict]]:
-    """Fills task.starts; -> what dms keeps, rows of both controls."""
+def run_controls(task: Task, dtype: str) -> list[dict]:
+    """Fills task.starts; -> rows of both controls."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Blind.from_dir(task.model, dtype=getattr(torch, dtype), device=device)
     plain = ReferenceModel(model.config, model.weights, model.dms, model.dtype, device)
-    rows, share = [], torch.zeros(0)
+    rows = []
     for length, questions in task.questions.items():
         evicts = [plain.forward(q.prompt + q.answer).evict for q in questions]
         task.starts[length] = [first_affected(e, plain.dms.window) for e in evicts[: task.scored]]
         live = torch.stack([live_counts(e, plain.dms.window) / e.shape[-1] for e in evicts])
-        share = live.mean(0).cpu()
         outside = plain.dms.window + 1
         rates = torch.stack([e[..., :-outside].float().mean(-1) for e in evicts]).mean(0).cpu()
         tokens = sum(e.shape[-1] for e in evicts) / len(evicts)
-        budget = max(round(share.mean().item() * tokens) - 1, 1)
+        budget = max(round(live.mean().item() * tokens) - 1, 1)
         arms = {
             "random eviction": (rates, plain.dms.window),
             "window only": (torch.ones_like(rates), budget),
@@ -55,14 +47,9 @@ def run_controls(task: Task, dtype: str) -> tuple[Served, list[dict]]:
         for arm, (arm_rates, window) in arms.items():
             model.rates, model.generator = arm_rates, torch.Generator().manual_seed(length)
             model.dms = replace(plain.dms, window=window)
-            rows.append(
-                {
-                    "arm": arm,
-                    "method": "reference, teacher-forced",
-                    **_score(model, plain, task, length),
-                }
-            )
-    return Served(plain.dms.window, share.tolist()), rows
+            row = {"arm": arm, "method": "reference, teacher-forced", "window": window}
+            rows.append(row | _score(model, plain, task, length))
+    return rows
 
 
 def _right(question: Question, logits: torch.Tensor) -> list[bool]:
@@ -89,11 +76,5 @@ def _score(model: Blind, plain: ReferenceModel, task: Task, length: int) -> dict
             plain.dms = rule
             kls.append(kl)
             same.append(top1)
-    kl, top1 = torch.cat(kls), torch.cat(same).float()
-    return {
-        **task.summarize(length, hits, dense / live),
-        "kl_mean": round(kl.mean().item(), 6),
-        "kl_max": round(kl.max().item(), 4),
-        "top1_agreement": round(top1.mean().item(), 5),
-        "scored_positions": len(kl),
-    }
+    kl, top1 = torch.cat(kls).float().numpy(), torch.cat(same).numpy()
+    return task.summarize(length, hits, dense / live) | summary(kl, top1)

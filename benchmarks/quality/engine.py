@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from importlib.metadata import version as package_version
 
 import numpy as np
 
@@ -22,16 +21,6 @@ class ArmResult:
     scores: dict[int, list[tuple[np.ndarray, np.ndarray]]]
 
 
-def version() -> str:
-    return package_version("vllm")
-
-
-def device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
 def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> ArmResult:
     # Before vLLM's import: this process is the engine's own, and on a CPU one thread is exact.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -44,7 +33,7 @@ def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> A
         str(task.model),
         kv_cache_dtype=cache,
         dtype=dtype,
-        max_model_len=max(task.lengths) + ANSWER_TOKENS,
+        max_model_len=max(task.questions) + ANSWER_TOKENS,
         enforce_eager=True,
         kv_cache_memory_bytes=int(kv_gib * 2**30),
         gpu_memory_utilization=0.5,  # must be free at the start: others may use the GPU, too
@@ -59,21 +48,18 @@ def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> A
     )
     result = ArmResult({}, {}, {})
     for length, questions in task.questions.items():
-        outputs = llm.generate(
-            [{"prompt_token_ids": q.prompt} for q in questions], generate, use_tqdm=False
-        )
+        prompts = [{"prompt_token_ids": q.prompt} for q in questions]
+        outputs = llm.generate(prompts, generate, use_tqdm=False)
         result.hits[length] = [
             [code in o.outputs[0].text for code in q.codes]
             for q, o in zip(questions, outputs, strict=True)
         ]
         stats = [o.kv_transfer_params["dms"] for o in outputs]
-        result.compression[length] = sum(s["dense_tokens"] for s in stats) / sum(
-            s["live_tokens"] for s in stats
-        )
+        live, dense = (sum(s[key] for s in stats) for key in ("live_tokens", "dense_tokens"))
+        result.compression[length] = dense / live
         scored = [{"prompt_token_ids": q.prompt + q.answer} for q in questions[: task.scored]]
-        result.scores[length] = [
-            _table(o.prompt_logprobs) for o in llm.generate(scored, score, use_tqdm=False)
-        ]
+        outputs = llm.generate(scored, score, use_tqdm=False)
+        result.scores[length] = [_table(o.prompt_logprobs) for o in outputs]
     return result
 
 
@@ -104,11 +90,16 @@ def distance(truth: list, guess: list, starts: list[int]) -> dict:
                 kl += rest_p * np.log(rest_p / max(rest_q, 1e-9))
             kls.append(kl)
             same.append(ids_p[row][p[row].argmax()] == ids_q[row][q[row].argmax()])
-    if not kls:
+    return summary(np.array(kls), np.array(same))
+
+
+def summary(kls: np.ndarray, same: np.ndarray) -> dict:
+    """By scored position: KL, and whether the likeliest token is the same."""
+    if not len(kls):
         return {"kl_mean": 0.0, "kl_max": 0.0, "top1_agreement": 1.0, "scored_positions": 0}
     return {
-        "kl_mean": round(float(np.mean(kls)), 6),
-        "kl_max": round(float(np.max(kls)), 4),
-        "top1_agreement": round(float(np.mean(same)), 5),
+        "kl_mean": round(float(kls.mean()), 6),
+        "kl_max": round(float(kls.max()), 4),
+        "top1_agreement": round(float(same.mean()), 5),
         "scored_positions": len(kls),
     }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.tiny import needles
+from examples.tiny import needles
 
 BANDS = 4  # of depth, in the report
 ROOM = 64  # tokens of a length that are left for the answer
@@ -25,10 +25,6 @@ class Task:
     questions: dict[int, list[Question]]  # by length
     # First position of prompt + answer that something is hidden from, filled in by the controls.
     starts: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> list[int]:
-        return list(self.questions)
 
     @classmethod
     def build(

@@ -11,6 +11,14 @@ Slots live in pages of ``page_size`` slots of one (layer, head); what a page loo
 `storage`'s. vLLM's KV allocation is read as one array of pages: block ``b`` is pages
 ``[b * pages_per_block, (b + 1) * pages_per_block)``, which any layer and head of the request that
 owns it may take.
+
+Which pages a row has is listed in two levels, because few rows get anywhere near the length that
+all may have. A row itself lists its first C = ``leaf_size`` pages. Further ones are listed, C at a
+time, in *leaves*, which come with the blocks as the pages do: each block brings
+``leaves_per_block``, and a request takes them from its own blocks, lowest first. That needs no
+block that the pages don't need: a row of p pages has (p - 1) // C leaves, so that all rows together
+have at most 1 / C as many leaves as pages. When leaf q is taken, (q + 1) * C pages are, and with
+them its block.
 """
 
 from dataclasses import dataclass
@@ -21,6 +29,7 @@ if TYPE_CHECKING:  # the ledger reads this file, and does without torch
 
 MAX_PAGE_SIZE = 64
 MIN_PAGE_SIZE = 8
+MIN_LEAF_SIZE = 32  # so that rows of up to 2,048 slots in the largest pages need no leaf
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,11 @@ class ArenaLayout:
     block_size: int  # tokens per vLLM block
     storage: "Storage"  # how K and V are stored in a slot
     max_model_len: int
+    leaf_size: int = 0  # C, pages listed by a row itself and by each of its leaves; 0: chosen
 
     def __post_init__(self) -> None:
+        if not self.leaf_size:
+            object.__setattr__(self, "leaf_size", choose_leaf_size(self.max_pages_per_row))
         pages = self.num_layers * self.num_kv_heads * self.block_size
         if pages % self.page_size:
             raise ValueError(
@@ -82,11 +94,26 @@ class ArenaLayout:
     def max_blocks_per_request(self) -> int:
         return -(-self.num_rows * self.max_pages_per_row // self.pages_per_block)
 
+    @property
+    def max_leaves_per_row(self) -> int:
+        return -(-self.max_pages_per_row // self.leaf_size) - 1
+
+    @property
+    def leaves_per_block(self) -> int:
+        if self.max_leaves_per_row == 0:
+            return 0
+        return -(-self.pages_per_block // self.leaf_size)
+
+    @property
+    def table_width(self) -> int:
+        """Entries of a row's page table: its first pages, then its leaves."""
+        return self.leaf_size + self.max_leaves_per_row
+
     def side_bytes(self, max_num_seqs: int, max_tokens: int) -> int:
         """Bytes that plain PyTorch operations need beside the arena: `SideState` of
         ``max_num_seqs`` requests and the null state, `Scratch` for batches of ``max_tokens``."""
-        row = 4 + 4 * self.max_pages_per_row + self.ring_size
-        state = 4 + 4 * self.max_blocks_per_request + self.num_rows * row
+        row = 4 + 4 * self.table_width + self.ring_size
+        state = 8 + 4 * self.max_blocks_per_request + self.num_rows * row
         return (max_num_seqs + 1) * state + max_tokens * self.num_kv_heads * 5
 
 
@@ -98,3 +125,12 @@ def choose_page_size(window: int, slots_per_block: int = MAX_PAGE_SIZE) -> int:
     while size > MIN_PAGE_SIZE and (4 * size > window or slots_per_block % size):
         size //= 2
     return size
+
+
+def choose_leaf_size(max_pages: int) -> int:
+    """Near the square root of ``max_pages`` of a row: a power of two with the shortest page table.
+    Where that is short anyhow, a row lists all of its pages itself."""
+    if max_pages <= MIN_LEAF_SIZE:
+        return max_pages
+    sizes = [MIN_LEAF_SIZE << i for i in range(max_pages.bit_length())]
+    return min(reversed(sizes), key=lambda size: size + -(-max_pages // size))

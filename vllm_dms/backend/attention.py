@@ -23,15 +23,14 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_dms.arena.spec import DMSCacheSpec, make_spec
-from vllm_dms.backend.runtime import Runtime, get_runtime
+from vllm_dms.backend.ops import Ops
+from vllm_dms.backend.runtime import Runtime
 from vllm_dms.backend.state import Batch
+from vllm_dms.compat import check_hooks
 from vllm_dms.config import DMSConfig
-
-OP_NAME = "vllm_dms::attention"
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,14 @@ class DMSMetadata(AttentionMetadata):
 
 
 class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
-    """Only references: the connector writes the request state after this ran (see `core`)."""
+    """Only references: the connector writes the request state after this ran."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
 
-    def __init__(
-        self,
-        kv_cache_spec: KVCacheSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.runtime = get_runtime(vllm_config)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in the base class
+        super().__init__(*args, **kwargs)
 
     def build(
         self,
@@ -70,13 +62,12 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
             block_table=common.block_table_tensor,
             query_start=common.query_start_loc,
             seq_lens=common.seq_lens,
-            scratch=self.runtime.scratch,
         )
         return DMSMetadata(batch)
 
 
 class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
-    """Attention over the compact arena of ``runtime`` for its layer ``layer_index``."""
+    """Attention over the compact arena, by the operations that are bound to it."""
 
     def __init__(
         self,
@@ -126,7 +117,7 @@ class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
 
     def attend(
         self,
-        runtime: Runtime,
+        ops: Ops,
         layer_index: int,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -136,12 +127,13 @@ class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
         output: torch.Tensor,
     ) -> None:
         """Store the tokens, then attend; shapes as in `ops`."""
-        ops, state = runtime.ops, runtime.state
-        ops.store(state, batch, runtime.config, layer_index, key, value, alpha)
+        if layer_index == 0:
+            ops.begin_step(batch)
+        ops.store(batch, layer_index, key, value, alpha)
         if batch.max_query_len > 1:
-            ops.prefill(state, batch, layer_index, query, key, value, output, self.scale)
-            ops.store_window(state, batch, layer_index, key, value)
-        ops.decode(state, batch, layer_index, query, output, self.scale)
+            ops.prefill(batch, layer_index, query, key, value, output)
+            ops.store_window(batch, layer_index, key, value)
+        ops.decode(batch, layer_index, query, output)
 
 
 class DMSCompactAttentionBackend(AttentionBackend):
@@ -176,11 +168,18 @@ class DMSAttention(Attention):
         super().__init__(*args, prefix=prefix, attn_backend=DMSCompactAttentionBackend, **kwargs)
         self.layer_index = sum(isinstance(layer, DMSAttention) for layer in layers.values()) - 1
         if first is None:
+            check_hooks()
             config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
             device = torch.device(vllm_config.device_config.device_type)
-            self.dms_runtime = Runtime(vllm_config, config, device)
+            self.dms_runtime = Runtime(vllm_config, config, device, self.impl.scale)
         else:
             self.dms_runtime = first.dms_runtime
+        if self.impl.scale != self.dms_runtime.scale:
+            raise ValueError(
+                f"{prefix} has the softmax scale {self.impl.scale} and the first layer "
+                f"{self.dms_runtime.scale}, but DMS has one for all layers. Serve this model with "
+                "--kv-cache-dtype auto."
+            )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> DMSCacheSpec:
         return make_spec(vllm_config, self.dms_runtime.config, self.dms_runtime.layout)
@@ -217,7 +216,7 @@ def _attention(
     layer = context.no_compile_layers[layer_name]
     layer.dms_runtime.bind(layer.kv_cache)
     layer.impl.attend(
-        layer.dms_runtime,
+        layer.dms_runtime.ops,
         layer.layer_index,
         query,
         key,

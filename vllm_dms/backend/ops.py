@@ -1,7 +1,11 @@
-"""The three operations on the arena, as an interface: store, decode, prefill.
+"""The operations on the arena, as an interface bound to one worker's state, rule and scale.
 
 One implementation in plain PyTorch (`torch_ops`: CPU, and the truth the kernels are tested
-against) and one in Triton (`triton_ops`). A layer's forward pass is
+against) and one in Triton (`triton_ops`). A step is
+
+    begin_step      once, before its first layer: what is planned from the batch alone
+
+then for each layer, in order,
 
     store           survivors of the tokens that leave the window in this step are appended;
                     requests with one query token also write it to the ring
@@ -10,7 +14,7 @@ against) and one in Triton (`triton_ops`). A layer's forward pass is
     store_window    their last W + 1 tokens go to the ring
     decode          requests with one query token attend to all their live slots, without a mask
 
-and after the last layer of a step `report` counts pages for the scheduler.
+and after the last layer `report` counts pages for the scheduler.
 
 Shapes: T query tokens, H KV heads of this rank, G query heads per KV head, D channels.
 ``query``/``output`` [T, H * G, D], ``key``/``value`` [T, H, D], ``alpha`` [T, H] in the model's
@@ -23,17 +27,18 @@ import torch
 
 from vllm_dms.arena.report import REPORT_HORIZON
 from vllm_dms.backend.state import ArenaState, Batch
-from vllm_dms.config import DMSConfig
 
 
 class Ops(Protocol):
-    """Nothing here synchronizes with the host or allocates after start-up on CUDA."""
+    """Nothing here synchronizes with the host or allocates after start-up on CUDA, so a CUDA graph
+    can hold all of it: `begin_step` as well, which is why the first layer calls it and not what
+    prepares the step outside the graph."""
+
+    def begin_step(self, batch: Batch) -> None: ...
 
     def store(
         self,
-        state: ArenaState,
         batch: Batch,
-        config: DMSConfig,
         layer: int,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -42,36 +47,23 @@ class Ops(Protocol):
 
     def prefill(
         self,
-        state: ArenaState,
         batch: Batch,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-        scale: float,
     ) -> None: ...
 
     def store_window(
-        self,
-        state: ArenaState,
-        batch: Batch,
-        layer: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> None: ...
 
     def decode(
-        self,
-        state: ArenaState,
-        batch: Batch,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
+        self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor
     ) -> None: ...
 
-    def report(self, state: ArenaState, out: torch.Tensor) -> None:
+    def report(self, out: torch.Tensor) -> None:
         """`report` below."""
 
 

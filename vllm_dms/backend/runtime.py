@@ -1,8 +1,9 @@
 """One worker's DMS cache, shared by all layers: layout, device state, scratch, operations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -21,6 +22,9 @@ from vllm_dms.backend.updates import Reporter
 from vllm_dms.config import DMSConfig
 
 logger = init_logger(__name__)
+
+GIB = 1 << 30
+MIB = 1 << 20
 
 
 def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
@@ -47,6 +51,27 @@ def choose_ops(config: DMSConfig, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "torch"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def require_memory(
+    layout: ArenaLayout, max_num_seqs: int, max_tokens: int, device: torch.device
+) -> None:
+    """One error instead of an out-of-memory error of PyTorch that names no setting."""
+    needed, free = layout.side_bytes(max_num_seqs, max_tokens), free_memory(device)
+    if needed > free:
+        raise ValueError(
+            f"--max-num-seqs {max_num_seqs} and --max-model-len {layout.max_model_len} need "
+            f"{needed / GIB:.2f} GiB for page tables and windows beside the KV cache, but only "
+            f"{free / GIB:.2f} GiB are free ({device.type}). Lower --max-num-seqs or "
+            "--max-model-len."
+        )
+
+
 class Runtime:
     """Made by the first attention layer of a model, found by the others and by the connector.
 
@@ -54,35 +79,49 @@ class Runtime:
     when vLLM hands over its KV allocation, and bound again if vLLM replaces it (profiling does).
     """
 
-    def __init__(self, vllm_config: VllmConfig, config: DMSConfig, device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: DMSConfig, device: torch.device, scale: float
+    ) -> None:
+        """``scale``: of the softmax, the same in all layers"""
         scheduler = vllm_config.scheduler_config
-        self.config = config
+        self.config, self.scale = config, scale
         self.layout = make_layout(vllm_config, config)
-        self.side = allocate_side_state(self.layout, scheduler.max_num_seqs, device)
-        self.scratch = allocate_scratch(self.layout, scheduler.max_num_batched_tokens, device)
-        self.ops = self._make_ops(vllm_config, device)
+        max_num_seqs, max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        require_memory(self.layout, max_num_seqs, max_tokens, device)
+        self.side = allocate_side_state(self.layout, max_num_seqs, device)
+        self.scratch = allocate_scratch(self.layout, max_tokens, device)
+        self._make_ops = self._plan_ops(vllm_config, device)
         logger.info_once(
-            "DMS attention: %s kernels, in place of the attention backend that vLLM names",
+            "DMS attention: %s kernels, in place of the attention backend that vLLM names; "
+            "%.1f MiB beside the KV cache for %d requests",
             choose_ops(config, device),
+            self.layout.side_bytes(max_num_seqs, max_tokens) / MIB,
+            max_num_seqs,
         )
+        self.ops: Ops
         self.reporter: Reporter
         self._state: ArenaState | None = None
         self._storage_ptr = 0
 
-    def _make_ops(self, vllm_config: VllmConfig, device: torch.device) -> Ops:
+    def _plan_ops(
+        self, vllm_config: VllmConfig, device: torch.device
+    ) -> Callable[[ArenaState], Ops]:
+        """What makes the operations once there is an arena; their own tensors are made now."""
+        common = (self.scratch, self.config, self.scale)
         if choose_ops(self.config, device) == "torch":
-            return TorchOps()
+            return lambda state: TorchOps(state, *common)
         # Imported here: Triton is absent from CPU installations of vLLM.
+        from vllm_dms.backend.kernels.arguments import can_overlap
+        from vllm_dms.backend.kernels.schedule import allocate_schedule
+        from vllm_dms.backend.kernels.tuning import default_tuning
         from vllm_dms.backend.triton_ops import TritonOps
 
-        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-        return TritonOps(
-            self.layout,
-            max_tokens=scheduler.max_num_batched_tokens,
-            max_num_seqs=scheduler.max_num_seqs,
-            num_query_heads=model.get_num_attention_heads(vllm_config.parallel_config),
-            device=device,
-        )
+        tuning = default_tuning(self.layout)
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        schedule = allocate_schedule(self.layout, max_num_seqs, heads, tuning, device)
+        own = (schedule, tuning, can_overlap(device))
+        return lambda state: TritonOps(state, *common, *own)
 
     @property
     def state(self) -> ArenaState:
@@ -90,12 +129,22 @@ class Runtime:
         return self._state
 
     def bind(self, kv_cache: torch.Tensor) -> None:
-        """Use the allocation behind ``kv_cache``, any layer's view. No-op when already bound."""
+        """Use the allocation behind ``kv_cache``, any layer's view [num_blocks, ...]. No-op when
+        already bound."""
         storage = kv_cache.untyped_storage()
         if storage.data_ptr() == self._storage_ptr:
             return
         flat = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
-        self._state = bind_state(flat, self.layout, self.side)
+        state = bind_state(flat, self.layout, self.side)
+        if state.num_blocks < len(kv_cache):
+            raise RuntimeError(
+                f"vLLM hands out {len(kv_cache)} blocks, but in its allocation of {flat.numel()} "
+                f"bytes are {state.num_blocks} of {self.layout.block_bytes} bytes for all layers: "
+                "pages would lie outside of it. This vLLM allocates its KV cache in a way that DMS "
+                "does not know; use a tested version."
+            )
+        self._state = state
+        self.ops = self._make_ops(self._state)
         self.reporter = Reporter(self._state, self.ops)
         self._storage_ptr = storage.data_ptr()
 

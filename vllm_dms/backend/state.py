@@ -22,15 +22,22 @@ class ArenaState:
     # Written by the connector before a forward pass, read by `store`.
     state_of_block: torch.Tensor  # int32 [num_blocks]: first block of a request -> state index
     block_rows: torch.Tensor  # int32 [num_states, max_blocks_per_request]: blocks in order of use
-    # Written by `store`. pages_used is also zeroed by the connector when a request (re)starts.
+    # Written by `store`. The counters are also zeroed by the connector when a request (re)starts.
     pages_used: torch.Tensor  # int32 [num_states]: pages handed out so far, lowest first
+    leaves_used: torch.Tensor  # int32 [num_states]: leaves likewise
     live: torch.Tensor  # int32 [num_states, L, H]: live slots; stale until a request's first store
-    page_table: torch.Tensor  # int32 [num_states, L, H, max_pages_per_row]: page of slot // P
+    # int32 [num_states, L, H, table_width]: the first pages in order of slots, then leaves
+    page_table: torch.Tensor
+    leaves: torch.Tensor  # int32 [num_blocks * leaves_per_block, leaf_size]: further pages
     evict_ring: torch.Tensor  # uint8 [num_states, L, H, W + 1]: verdict on the token in a ring slot
 
     @property
     def num_states(self) -> int:
         return self.pages_used.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.state_of_block.shape[0]
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,6 @@ class Batch:
     block_table: torch.Tensor  # int32 [num_reqs, *]: only column 0 is read
     query_start: torch.Tensor  # int32 [num_reqs + 1]
     seq_lens: torch.Tensor  # int32 [num_reqs]: tokens stored before this step + query tokens
-    scratch: Scratch
 
 
 def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device | str) -> Scratch:
@@ -76,6 +82,7 @@ class SideState:
 
     block_rows: torch.Tensor
     pages_used: torch.Tensor
+    leaves_used: torch.Tensor
     live: torch.Tensor
     page_table: torch.Tensor
     evict_ring: torch.Tensor
@@ -93,8 +100,9 @@ def allocate_side_state(
     return SideState(
         block_rows=zeros(rows[0], layout.max_blocks_per_request),
         pages_used=zeros(rows[0]),
+        leaves_used=zeros(rows[0]),
         live=zeros(*rows),
-        page_table=zeros(*rows, layout.max_pages_per_row),
+        page_table=zeros(*rows, layout.table_width),
         evict_ring=zeros(*rows, layout.ring_size, dtype=torch.uint8),
     )
 
@@ -107,15 +115,21 @@ def bind_state(storage: torch.Tensor, layout: ArenaLayout, side: SideState) -> A
             f"KV storage is {storage.numel()} elements of {storage.dtype}, "
             f"but one block is {layout.block_bytes} bytes of uint8"
         )
+    # Kernels look one tile ahead, at leaves that a former request may have left: they must exist.
+    side.page_table.zero_()
+    num_leaves = num_blocks * layout.leaves_per_block
+    int32 = {"dtype": torch.int32, "device": storage.device}
     raw = storage[: num_blocks * layout.block_bytes].view(-1, layout.page_bytes)
     return ArenaState(
         layout=layout,
         pages=layout.storage.view_pages(raw, layout.page_size, layout.head_dim),
-        state_of_block=torch.zeros(num_blocks, dtype=torch.int32, device=storage.device),
+        state_of_block=torch.zeros(num_blocks, **int32),
         block_rows=side.block_rows,
         pages_used=side.pages_used,
+        leaves_used=side.leaves_used,
         live=side.live,
         page_table=side.page_table,
+        leaves=torch.zeros(num_leaves, layout.leaf_size, **int32),
         evict_ring=side.evict_ring,
     )
 

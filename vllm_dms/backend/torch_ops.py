@@ -7,7 +7,7 @@ checker, not a way to serve.
 import torch
 
 from vllm_dms.backend.ops import report
-from vllm_dms.backend.state import ArenaState, Batch
+from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.backend.torch_pages import read_slots
 from vllm_dms.backend.torch_store import (
     Request,
@@ -25,74 +25,64 @@ QUERY_BLOCK = 128  # queries that share one band of keys; bounds the score matri
 class TorchOps:
     """`ops.Ops` in plain PyTorch."""
 
+    def __init__(
+        self, state: ArenaState, scratch: Scratch, config: DMSConfig, scale: float
+    ) -> None:
+        """``scale``: of the softmax"""
+        self.state, self.scratch = state, scratch
+        self.config, self.scale = config, scale
+
+    def begin_step(self, batch: Batch) -> None:
+        """Nothing to plan: requests take their turns."""
+
     def store(
         self,
-        state: ArenaState,
         batch: Batch,
-        config: DMSConfig,
         layer: int,
         key: torch.Tensor,
         value: torch.Tensor,
         alpha: torch.Tensor,
     ) -> None:
+        state, scratch, config = self.state, self.scratch, self.config
         for req in requests(state, batch):
             tokens = slice(req.start, req.end)
             decisions = decide(alpha[tokens], config.alpha_scale, config.alpha_offset)
             decisions = decisions & config.evict
             verdicts = ring_and_chunk_verdicts(state, req, layer, decisions, config.shift)
-            append_survivors(state, batch, req, layer, verdicts, key[tokens], value[tokens])
+            append_survivors(state, scratch, req, layer, verdicts, key[tokens], value[tokens])
             ring = state.evict_ring[req.state_index, layer]
             if config.shift and req.num_stored:
                 ring[:, (req.num_stored - 1) % state.layout.ring_size] = decisions[0].byte()
-            batch.scratch.evict[tokens] = verdicts[-req.query_len :].byte()
+            scratch.evict[tokens] = verdicts[-req.query_len :].byte()
             if req.query_len == 1:
-                write_ring(state, batch, req, layer, key, value)
+                write_ring(state, scratch, req, layer, key, value)
 
     def prefill(
         self,
-        state: ArenaState,
         batch: Batch,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-        scale: float,
     ) -> None:
-        for req in requests(state, batch):
+        for req in requests(self.state, batch):
             if req.query_len == 1:
                 continue
-            k, v, evict = _band(state, batch, req, layer, key, value)
+            band = self._band(req, layer, key, value)
             for start in range(req.start, req.end, QUERY_BLOCK):
                 queries = slice(start, min(start + QUERY_BLOCK, req.end))
-                _prefill_block(
-                    state, batch, req, layer, queries, (query, k, v, evict, output), scale
-                )
-
-    def report(self, state: ArenaState, out: torch.Tensor) -> None:
-        report(state, out)
+                output[queries] = self._prefill_block(req, layer, queries, query[queries], *band)
 
     def store_window(
-        self,
-        state: ArenaState,
-        batch: Batch,
-        layer: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        for req in requests(state, batch):
+        for req in requests(self.state, batch):
             if req.query_len > 1:
-                write_ring(state, batch, req, layer, key, value)
+                write_ring(self.state, self.scratch, req, layer, key, value)
 
-    def decode(
-        self,
-        state: ArenaState,
-        batch: Batch,
-        layer: int,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-    ) -> None:
+    def decode(self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
+        state = self.state
         for req in requests(state, batch):
             if req.query_len > 1:
                 continue
@@ -100,62 +90,60 @@ class TorchOps:
             slots = torch.arange(int(live.max()), device=query.device)
             valid = slots < live.unsqueeze(1)
             k, v = read_slots(state, req.state_index, layer, slots, valid)
-            output[req.start : req.end] = _attend(
-                query[req.start : req.end], k, v, valid.unsqueeze(1), scale
-            )
+            tokens = slice(req.start, req.end)
+            output[tokens] = _attend(query[tokens], k, v, valid.unsqueeze(1), self.scale)
 
+    def report(self, out: torch.Tensor) -> None:
+        report(self.state, out)
 
-def _band(
-    state: ArenaState,
-    batch: Batch,
-    req: Request,
-    layer: int,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K, V [H, N, D] and verdicts [H, N] of the window's tokens and the chunk's, by position."""
-    size = state.layout.ring_size
-    first = max(0, req.num_stored - state.layout.window)
-    slots = torch.arange(first, req.num_stored, device=key.device) % size
-    k, v = read_slots(state, req.state_index, layer, slots)
-    tokens = slice(req.start, req.end)
-    k = torch.cat([k, key[tokens].float().transpose(0, 1)], 1)
-    v = torch.cat([v, value[tokens].float().transpose(0, 1)], 1)
-    ring = state.evict_ring[req.state_index, layer][:, slots]
-    return k, v, torch.cat([ring, batch.scratch.evict[tokens].T], 1).bool()
+    def _band(
+        self, req: Request, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K, V [H, N, D] and verdicts [H, N] of the window's tokens, then the chunk's."""
+        state = self.state
+        first = max(0, req.num_stored - state.layout.window)
+        slots = torch.arange(first, req.num_stored, device=key.device) % state.layout.ring_size
+        k, v = read_slots(state, req.state_index, layer, slots)
+        tokens = slice(req.start, req.end)
+        k = torch.cat([k, key[tokens].float().transpose(0, 1)], 1)
+        v = torch.cat([v, value[tokens].float().transpose(0, 1)], 1)
+        ring = state.evict_ring[req.state_index, layer][:, slots]
+        return k, v, torch.cat([ring, self.scratch.evict[tokens].T], 1).bool()
 
+    def _prefill_block(
+        self,
+        req: Request,
+        layer: int,
+        queries: slice,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        evict: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of the query tokens ``queries``: survivors, then of the band (k, v, evict) what
+        is up to W before the first."""
+        state, window = self.state, self.state.layout.window
+        first = max(0, req.num_stored - window)  # position of k[:, 0]
+        offset = req.num_stored - req.start
+        positions = torch.arange(queries.start + offset, queries.stop + offset, device=query.device)
+        start = max(first, queries.start + offset - window)
+        band = torch.arange(start, queries.stop + offset, device=query.device)
+        age = positions.unsqueeze(1) - band
+        mask = (age >= 0) & ((age <= window) | ~evict[:, None, band - first])
 
-def _prefill_block(
-    state: ArenaState,
-    batch: Batch,
-    req: Request,
-    layer: int,
-    queries: slice,
-    tensors: tuple[torch.Tensor, ...],
-    scale: float,
-) -> None:
-    """Attention of the query tokens ``queries``: survivors, then the band W before the first."""
-    query, k, v, evict, output = tensors
-    first = max(0, req.num_stored - state.layout.window)  # position of k[:, 0]
-    offset = req.num_stored - req.start
-    positions = torch.arange(queries.start + offset, queries.stop + offset, device=query.device)
-    start = max(first, queries.start + offset - state.layout.window)
-    band = torch.arange(start, queries.stop + offset, device=query.device)
-    age = positions.unsqueeze(1) - band
-    mask = (age >= 0) & ((age <= state.layout.window) | ~evict[:, None, band - first])
-
-    count = batch.scratch.num_survivors[queries.start, : k.shape[0]]
-    slots = torch.arange(int(count.max()), device=query.device)
-    valid = slots < count.unsqueeze(1)
-    old_k, old_v = read_slots(state, req.state_index, layer, slots + state.layout.ring_size, valid)
-    old = valid.unsqueeze(1).expand(-1, len(positions), -1)
-    output[queries] = _attend(
-        query[queries],
-        torch.cat([old_k, k[:, band - first]], 1),
-        torch.cat([old_v, v[:, band - first]], 1),
-        torch.cat([old, mask], 2),
-        scale,
-    )
+        count = self.scratch.num_survivors[queries.start, : k.shape[0]]
+        slots = torch.arange(int(count.max()), device=query.device)
+        valid = slots < count.unsqueeze(1)
+        old_slots = slots + state.layout.ring_size
+        old_k, old_v = read_slots(state, req.state_index, layer, old_slots, valid)
+        old = valid.unsqueeze(1).expand(-1, len(positions), -1)
+        return _attend(
+            query,
+            torch.cat([old_k, k[:, band - first]], 1),
+            torch.cat([old_v, v[:, band - first]], 1),
+            torch.cat([old, mask], 2),
+            self.scale,
+        )
 
 
 def _attend(

@@ -10,14 +10,26 @@ def as_bytes(part: torch.Tensor) -> torch.Tensor:
     return part.view(torch.uint8)
 
 
+def find_pages(
+    state: ArenaState, s: int, layer: int, head: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """The pages number ``index`` of rows, int64; ``head`` and ``index`` broadcast."""
+    size, table = state.layout.leaf_size, state.page_table[s, layer].long()
+    far = index >= size
+    entry = torch.where(far, size - 1 + index // size, index)
+    page = table[head, entry]
+    if state.layout.max_leaves_per_row:
+        leaf = torch.where(far, page, 0)
+        page = torch.where(far, state.leaves[leaf, index % size].long(), page)
+    return page
+
+
 def locate_slots(
     state: ArenaState, s: int, layer: int, head: torch.Tensor, slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(page, offset in page) of slots; ``head`` and ``slot`` broadcast."""
-    size = state.layout.page_size
-    return state.page_table[s, layer, head.long(), (slot // size).long()].long(), (
-        slot % size
-    ).long()
+    size, slot = state.layout.page_size, slot.long()
+    return find_pages(state, s, layer, head.long(), slot // size), slot % size
 
 
 def copy_slots(

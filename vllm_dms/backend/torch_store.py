@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dms.backend.state import ArenaState, Batch
+from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.backend.torch_pages import copy_slots, write_slots
 
 
@@ -60,7 +60,7 @@ def ring_and_chunk_verdicts(
 
 def append_survivors(
     state: ArenaState,
-    batch: Batch,
+    scratch: Scratch,
     req: Request,
     layer: int,
     verdicts: torch.Tensor,
@@ -93,25 +93,42 @@ def append_survivors(
     done = torch.arange(n, n + m, device=key.device) - size - first + 1
     total = torch.cat([torch.zeros_like(rank[:1]), rank]) if num_leaving else rank.new_zeros(1, 1)
     counts = survivors + total[done.clamp(0, num_leaving)]
-    batch.scratch.num_survivors[req.start : req.end] = counts.int()
+    scratch.num_survivors[req.start : req.end] = counts.int()
 
 
 def _allocate_pages(
     state: ArenaState, s: int, layer: int, old: torch.Tensor, new: torch.Tensor
 ) -> None:
-    """Extend each head's page table from ``old`` to ``new`` pages [H], lowest page first."""
+    """Extend each head's row from ``old`` to ``new`` pages [H], lowest page first."""
     per_block = state.layout.pages_per_block
     for head, (start, end) in enumerate(zip(old.tolist(), new.tolist(), strict=True)):
         used = int(state.pages_used[s])
         index = torch.arange(used, used + end - start, device=old.device)
         block = state.block_rows[s, index // per_block].long()
-        state.page_table[s, layer, head, start:end] = (block * per_block + index % per_block).int()
+        list_pages(state, s, layer, head, start, block * per_block + index % per_block)
         state.pages_used[s] += end - start
+
+
+def list_pages(
+    state: ArenaState, s: int, layer: int, head: int, start: int, pages: torch.Tensor
+) -> None:
+    """Make ``pages`` the row's pages from number ``start`` on; take the leaves that it needs."""
+    size, table = state.layout.leaf_size, state.page_table[s, layer, head]
+    own = pages[: max(size - start, 0)]
+    table[start : start + len(own)] = own.int()
+    for index in range(start + len(own), start + len(pages)):
+        if index % size == 0:
+            taken = int(state.leaves_used[s])
+            per_block = state.layout.leaves_per_block
+            block = state.block_rows[s, taken // per_block]
+            table[size - 1 + index // size] = block * per_block + taken % per_block
+            state.leaves_used[s] += 1
+        state.leaves[table[size - 1 + index // size].long(), index % size] = pages[index - start]
 
 
 def write_ring(
     state: ArenaState,
-    batch: Batch,
+    scratch: Scratch,
     req: Request,
     layer: int,
     key: torch.Tensor,
@@ -122,7 +139,7 @@ def write_ring(
     start = max(req.start, req.end - size)
     offset = req.num_stored - req.start
     slots = torch.arange(start + offset, req.end + offset, device=key.device) % size
-    evict = batch.scratch.evict[start : req.end]
+    evict = scratch.evict[start : req.end]
     state.evict_ring[req.state_index, layer][:, slots] = evict.T
     heads = torch.arange(key.shape[1], device=key.device).repeat(len(slots))
     rows = slots.repeat_interleave(key.shape[1])

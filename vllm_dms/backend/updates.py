@@ -30,13 +30,14 @@ def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
         states, blocks = packed[3 * num_rows :].view(2, num_starts).unbind()
         state.state_of_block.index_put_((blocks,), states)
         state.pages_used.index_fill_(0, states.long(), 0)
+        state.leaves_used.index_fill_(0, states.long(), 0)
 
 
 class Reporter:
     """Makes a step's `DMSReport` without waiting for the step."""
 
     def __init__(self, state: ArenaState, ops: Ops) -> None:
-        self._state, self._ops = state, ops
+        self._ops = ops
         device = state.live.device
         shape = (state.num_states, REPORT_WIDTH)
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -53,7 +54,7 @@ class Reporter:
 
     def report(self, meta: DMSStepMeta) -> DMSReport:
         """Must follow the step's forward pass on the stream."""
-        self._ops.report(self._state, self._on_device)
+        self._ops.report(self._on_device)
         if not self._events:
             result = DMSReport(meta.step_id, meta.states, self._on_device)
             result.usage  # noqa: B018 the tensor is overwritten in the next step

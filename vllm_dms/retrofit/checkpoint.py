@@ -50,38 +50,6 @@ def load_dense(path: Path, dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
-def load_dms(path: Path, dtype: torch.dtype) -> tuple[nn.Module, DMSConfig]:
-    """What `save_merged` wrote, with its adapter weights where `forward` looks for them."""
-    raw = json.loads((path / "config.json").read_text())
-    dms = DMSConfig.from_checkpoint(raw)
-    if dms is None:
-        raise ValueError(f"{path} has no dms_* keys in config.json: it is not a DMS checkpoint.")
-    base = next(a for a in SUPPORTED_ARCHITECTURES if raw["architectures"][0].startswith(a))
-    config = AutoConfig.from_pretrained(path, architectures=[base])
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    if dms.adapter:
-        _add_adapters(model)
-        missing, _ = model.load_state_dict(_dms_weights(path), strict=False)
-        absent = [name for name in missing if "dms_" in name]
-        if absent:
-            raise ValueError(
-                f"{path} lacks weights that its config.json promises: {', '.join(absent)}."
-            )
-        model.to(dtype)
-    return model, dms
-
-
-def _dms_weights(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
-    found = {}
-    for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, "pt") as tensors:
-            names = [name for name in tensors.keys() if "dms_" in name]  # noqa: SIM118 - no dict
-            found |= {name: tensors.get_tensor(name) for name in names}
-    return found
-
-
 def _add_adapters(model: nn.Module) -> None:
     """Zero projections: every logit starts at -offset, so nothing is evicted."""
     config, device = model.config, model.device

@@ -1,4 +1,4 @@
-"""Gates: what a layer's decision logits do to its keys, in training, evaluation and as a control.
+"""Gates: what a layer's decision logits do to its keys, in training and evaluation.
 
 A gate maps decision logits (B, H, T) of one layer to
   log_keep  (B, H, T) or None: added to attention scores of a key outside the window, in
@@ -50,23 +50,3 @@ class GumbelSigmoid:
         evict = (soft > 0).float() - probability.detach() + probability
         # log(1 - p) without the rounding of 1 - p.
         return F.logsigmoid(-soft), evict
-
-
-@dataclass(frozen=True)
-class RandomEviction:
-    """Control: the same share per layer and head as `rates` (L, H), tokens drawn blindly."""
-
-    rates: torch.Tensor
-    seed: int
-
-    def __call__(self, logits: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator(logits.device).manual_seed(1000 * self.seed + layer)
-        uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-        evict = uniform < self.rates[layer].to(logits.device)[None, :, None]
-        return _log_keep(evict), evict.to(logits.dtype)
-
-
-def window_only(logits: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Control: every token is evicted once it leaves the window."""
-    evict = torch.ones_like(logits, dtype=torch.bool)
-    return _log_keep(evict), evict.to(logits.dtype)

@@ -1,4 +1,4 @@
-"""What the kernels share: the state as they see it, requests, rows and their pages, decisions.
+"""What the kernels share: the state as they see it, requests, rows, launches, decisions.
 
 Names: T query tokens, H KV heads, G query heads per KV head, D channels, P slots per page, R ring
 slots (window + 1). A *row* is one (state, layer, head): the slots that one KV head attends to.
@@ -23,7 +23,11 @@ class Geometry(NamedTuple):
     D_PAD: Any  # D rounded up to a power of two
     P: Any
     R: Any
-    MAX_PAGES: Any  # page table entries of a row
+    MAX_PAGES: Any  # of a row
+    LEAF: Any  # pages that a row lists itself, and that each of its leaves lists
+    MAX_LEAVES: Any  # of a row
+    TABLE: Any  # page table entries of a row: LEAF pages, MAX_LEAVES leaves
+    LEAVES_PER_BLOCK: Any
     MAX_BLOCKS: Any  # block row entries of a state
     PAGES_PER_BLOCK: Any
     MAX_REQS: Any  # of a batch, rounded up to a power of two
@@ -42,8 +46,10 @@ class StateArgs(NamedTuple):
     state_of_block: Any
     block_rows: Any
     pages_used: Any
+    leaves_used: Any
     live: Any
     page_table: Any
+    leaves: Any
     evict_ring: Any
 
 
@@ -86,23 +92,6 @@ def row_index(s, layer, h, geo):
 
 
 @triton.jit
-def page_of(state, geo, row, slot, mask):
-    """Page ids of slots of a row; 0 where masked."""
-    return tl.load(state.page_table + row * geo.MAX_PAGES + slot // geo.P, mask=mask, other=0)
-
-
-@triton.jit
-def tile_pages(state, row, tile, geo, BLOCK_N: tl.constexpr):
-    """The page of a tile of BLOCK_N slots, or the page of each of its slots. Any number, not to be
-    followed, where the row holds no such slots."""
-    if BLOCK_N <= geo.P:
-        return page_of(state, geo, row, tile * BLOCK_N, tile * BLOCK_N < geo.MAX_PAGES * geo.P)
-    else:
-        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        return page_of(state, geo, row, slot, slot < geo.MAX_PAGES * geo.P)
-
-
-@triton.jit
 def wait_for_previous_kernel(OVERLAP: tl.constexpr):
     """In a kernel launched while the one before it still runs (`launch_pdl`): until that one is
     done, and with it all before it, since none lets the next one start earlier than this."""
@@ -123,7 +112,8 @@ def round_mantissa(x, BITS: tl.constexpr):
     Triton's interpreter truncates in the casts to bfloat16 and FP8."""
     bits = x.to(tl.int32, bitcast=True)
     bits = bits + ((1 << (BITS - 1)) - 1) + ((bits >> BITS) & 1)
-    return (bits & -(1 << BITS)).to(tl.float32, bitcast=True)
+    rounded = (bits & -(1 << BITS)).to(tl.float32, bitcast=True)
+    return tl.where(x != x, x, rounded)  # a carry may make anything of NaN
 
 
 @triton.jit

@@ -11,20 +11,21 @@ from vllm_dms.backend.kernels.common import (
     NO_SCORE,
     allow_next_kernel,
     row_index,
-    tile_pages,
     wait_for_previous_kernel,
 )
 from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
+from vllm_dms.backend.kernels.page_table import tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import slot_offset
 from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, partial_of
 
 
 @triton.jit
 def attend_row(
-    q, score_scale, state, row, live, page, first, end, geo,
+    q, score_scale, state, row, live, page, leaf, first, end, geo,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of q [BLOCK_M, D_PAD] over tiles [first, end) of a row, from ``page`` on.
+    """Online softmax of q [BLOCK_M, D_PAD] over tiles [first, end) of a row: ``page`` of the first,
+    ``leaf`` of the next.
 
     score_scale turns a dot product into a base-2 score. Returns the sum of weighted values
     [BLOCK_M, D_PAD], the largest score and the sum of weights [BLOCK_M].
@@ -44,7 +45,8 @@ def attend_row(
         mask_d = mask[:, None] & (offs_d < geo.D)
         ptr = state.pages + slot_offset(page, slot, geo)[:, None] + offs_d
         # One tile ahead: the compiler then prefetches K and V without waiting for a page.
-        page = tile_pages(state, row, tile + 1, geo, BLOCK_N)
+        page = tile_pages(state, row, leaf, tile + 1, geo, BLOCK_N)
+        leaf = tile_leaf(state, row, tile + 2, geo, BLOCK_N)
         k = tl.load(ptr, mask=mask_d, other=0.0)
         scores = tl.dot(k, q, input_precision="ieee") * score_scale
         scores = tl.where(mask[:, None], scores, float("-inf"))
@@ -121,7 +123,9 @@ def decode_kernel(
     row_tile = schedule.row_tile + layer * (schedule.N + 1)
     row = row_index(s, layer, token_head % geo.H, geo)
     live = tl.load(state.live + row)
-    page = tile_pages(state, row, tile - row_begin, geo, BLOCK_N)
+    leaf = tile_leaf(state, row, tile - row_begin, geo, BLOCK_N)
+    page = tile_pages(state, row, leaf, tile - row_begin, geo, BLOCK_N)
+    leaf = tile_leaf(state, row, tile - row_begin + 1, geo, BLOCK_N)
     while tile < stop:
         # Of the next row: loaded here and below, so that it is there when its turn comes.
         more = row_end < stop
@@ -134,19 +138,20 @@ def decode_kernel(
         last = tl.minimum(end - row_begin, tl.cdiv(live, BLOCK_N))
         if geo.STORAGE == "fp8":
             acc, top, total = attend_row_fp8(
-                q, score_scale, state, row, live, page, first, last, geo,
+                q, score_scale, state, row, live, page, leaf, first, last, geo,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             tl.static_assert(geo.STORAGE == "model")
             acc, top, total = attend_row(
-                q, score_scale, state, row, live, page, first, last, geo,
+                q, score_scale, state, row, live, page, leaf, first, last, geo,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
         row = row_index(next_s, layer, next_head % geo.H, geo)
         live = tl.load(state.live + row, mask=more, other=0)
-        page = tile_pages(state, row, 0, geo, BLOCK_N)
+        page = tile_pages(state, row, leaf * 0, 0, geo, BLOCK_N)
+        leaf = tile_leaf(state, row, 1, geo, BLOCK_N)
         q_ptr = query_ptr + head_offset(next_head, stride_query, geo, G)
         q = tl.load(q_ptr + offs_q, mask=mask_q & more, other=0.0)
 

@@ -8,11 +8,8 @@ and even and odd channels go through products of their own.
 import triton
 import triton.language as tl
 
-from vllm_dms.backend.kernels.common import (
-    INTERPRETED,
-    NO_SCORE,
-    tile_pages,
-)
+from vllm_dms.backend.kernels.common import INTERPRETED, NO_SCORE
+from vllm_dms.backend.kernels.page_table import tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import scale_offset, slot_offset, widen
 
 
@@ -50,7 +47,7 @@ def split_scales(both):
 
 @triton.jit
 def attend_row_fp8(
-    q, score_scale, state, row, live, page, first, end, geo,
+    q, score_scale, state, row, live, page, leaf, first, end, geo,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`attend_row` over FP8 pages. k_scale goes to the scores and v_scale to the weights, relative
@@ -79,7 +76,8 @@ def attend_row_fp8(
         ptr = pages + slot_offset(page, slot, geo)[:, None] // 2 + offs_d
         both = tl.load(scales + scale_offset(page, slot, geo) // 2, mask=mask, other=0)
         # One tile ahead: the compiler then prefetches K and V without waiting for a page.
-        page = tile_pages(state, row, tile + 1, geo, BLOCK_N)
+        page = tile_pages(state, row, leaf, tile + 1, geo, BLOCK_N)
+        leaf = tile_leaf(state, row, tile + 2, geo, BLOCK_N)
         k_even, k_odd = widen_pairs(tl.load(ptr, mask=mask_d, other=0))
         k_scale, v_scale = split_scales(both)
         scores = tl.dot(k_odd, q_odd, tl.dot(k_even, q_even))

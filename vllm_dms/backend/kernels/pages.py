@@ -21,16 +21,33 @@ def scale_offset(page, slot, geo):
 
 
 @triton.jit
+def narrow(x):
+    """float32 that e4m3 holds exactly, or NaN -> e4m3. The interpreter's own cast makes 384 of
+    NaN."""
+    small = x.to(tl.float8e4nv)
+    if INTERPRETED:
+        bits = tl.where(x != x, 0x7F, small.to(tl.uint8, bitcast=True))
+        small = bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return small
+
+
+@triton.jit
 def quantize(x):
-    """x [N, D_PAD] -> e4m3 [N, D_PAD] and float32 scales [N] that bfloat16 holds exactly."""
+    """x [N, D_PAD] -> e4m3 [N, D_PAD] and float32 scales [N] that bfloat16 holds exactly.
+
+    NaN stays NaN, and makes all of its vector NaN: Triton's max, minimum and maximum drop it.
+    """
     x = x.to(tl.float32)
-    scale = round_mantissa(tl.div_rn(tl.max(tl.abs(x), 1), 448.0), 16)
+    # As integers magnitudes have the same order, with NaN the largest.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
+    scale = round_mantissa(tl.div_rn(largest, 448.0), 16)
     scale = tl.where(scale == 0, 1.0, scale)
     x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
     # Below 2**-6 e4m3 is a grid of step 2**-9, which is float32's step at 24576.
     x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, round_mantissa(x, 20))
-    return x.to(tl.float8e4nv), scale
+    return narrow(x), scale
 
 
 @triton.jit

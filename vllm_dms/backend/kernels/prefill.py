@@ -13,9 +13,9 @@ from vllm_dms.backend.kernels.common import (
     NO_SCORE,
     find_request,
     load_request,
-    page_of,
     row_index,
 )
+from vllm_dms.backend.kernels.page_table import page_of, tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import load_slots
 
 
@@ -40,13 +40,12 @@ def attend_survivors(
 ):  # fmt: skip
     """Tiles of slots [lo, hi), lo a multiple of BLOCK_N. MASKED: only slots in [R, end) count."""
     offs_n = tl.arange(0, BLOCK_N)
+    leaf = tile_leaf(state, row, lo // BLOCK_N, geo, BLOCK_N)
     for slot0 in range(lo, hi, BLOCK_N):
         slot = slot0 + offs_n
         mask = (slot >= geo.R) & (slot < end)
-        if BLOCK_N <= geo.P:
-            page = page_of(state, geo, row, slot0, slot0 < end)
-        else:
-            page = page_of(state, geo, row, slot, mask)
+        page = tile_pages(state, row, leaf, slot0 // BLOCK_N, geo, BLOCK_N)
+        leaf = tile_leaf(state, row, slot0 // BLOCK_N + 1, geo, BLOCK_N)
         k, v = load_slots(state, page, slot, mask, q.dtype, geo, MASKED)
         acc, top, total = attend_tile(q, k, v, acc, top, total, score_scale, mask[None, :], MASKED)
     return acc, top, total

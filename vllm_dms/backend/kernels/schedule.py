@@ -41,9 +41,18 @@ BEGIN_FIELDS = tl.constexpr(8)
 
 
 def allocate_schedule(
-    layout: ArenaLayout, max_num_seqs: int, group: int, tuning: Tuning, device: torch.device
+    layout: ArenaLayout,
+    max_num_seqs: int,
+    num_query_heads: int,
+    tuning: Tuning,
+    device: torch.device,
 ) -> Schedule:
-    """``group``: query heads per KV head."""
+    group, rest = divmod(num_query_heads, layout.num_kv_heads)
+    if rest:
+        raise ValueError(
+            f"{num_query_heads} query heads over {layout.num_kv_heads} KV heads, but the kernels "
+            "expect the same number of query heads for each KV head"
+        )
     rows = max_num_seqs * layout.num_kv_heads
     sms = 4  # under the interpreter
     if device.type == "cuda":
@@ -98,8 +107,8 @@ def schedule_kernel(
     PROGRAMS_PAD: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Grid (L): fill `Schedule` for every layer of a step. Before a layer's `store`, so that rows
-    count one slot more than they hold."""
+    """Grid (L): fill `Schedule` for every layer of a step. Before any layer's `store`: rows count
+    one slot more than they hold."""
     layer = tl.program_id(0)
     row_tile = schedule.row_tile + layer * (schedule.N + 1)
     num_rows = 0

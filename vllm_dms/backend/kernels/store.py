@@ -13,10 +13,10 @@ from vllm_dms.backend.kernels.common import (
     decide,
     find_request,
     load_request,
-    page_of,
     row_index,
     wait_for_previous_kernel,
 )
+from vllm_dms.backend.kernels.page_table import list_pages, next_pages, page_of, take_pages
 from vllm_dms.backend.kernels.pages import copy_slots, write_slots
 
 
@@ -75,11 +75,8 @@ def store_token_kernel(
     kept = mask_h & full & (verdict == 0)
     grows = mask_h & ((n < geo.R) | kept)
     fresh = grows & (live % geo.P == 0)
-    used = tl.load(state.pages_used + s)
-    rank = used + tl.cumsum(fresh.to(tl.int32), 0) - fresh.to(tl.int32)
-    block_ptr = state.block_rows + s.to(tl.int64) * geo.MAX_BLOCKS + rank // geo.PAGES_PER_BLOCK
-    block = tl.load(block_ptr, mask=fresh, other=0)
-    new_page = block * geo.PAGES_PER_BLOCK + rank % geo.PAGES_PER_BLOCK
+    index = live // geo.P
+    new_page, plan = next_pages(state, geo, s, row, index, fresh)
     page = tl.where(fresh, new_page, page_of(state, geo, row, live, grows & (fresh == 0)))
     ring_page = tl.where(full, page_of(state, geo, row, ring, mask_h & full), page)
 
@@ -97,9 +94,8 @@ def store_token_kernel(
         tl.store(bits + ring, (h * 0).to(tl.uint8), mask=mask_h)
     else:
         tl.store(bits + ring, decision.to(tl.uint8), mask=mask_h)
-    tl.store(state.page_table + row * geo.MAX_PAGES + live // geo.P, new_page, mask=fresh)
+    list_pages(state, geo, s, row, index, fresh, new_page, plan)
     tl.store(state.live + row, live + grows.to(tl.int32), mask=mask_h)
-    tl.store(state.pages_used + s, used + tl.sum(fresh.to(tl.int32), 0))
 
 
 @triton.jit
@@ -168,16 +164,8 @@ def store_plan_kernel(
 
     if s > 0:
         new_live = survivors + tl.minimum(n + m, geo.R)
-        first = tl.cdiv(live, geo.P)
-        end = tl.cdiv(new_live, geo.P)
-        used = tl.atomic_add(state.pages_used + s, end - first)
-        block_row = state.block_rows + s.to(tl.int64) * geo.MAX_BLOCKS
-        for i in range(first, end, BLOCK):
-            index = i + tl.arange(0, BLOCK)
-            rank = used + index - first
-            block = tl.load(block_row + rank // geo.PAGES_PER_BLOCK, mask=index < end, other=0)
-            page = block * geo.PAGES_PER_BLOCK + rank % geo.PAGES_PER_BLOCK
-            tl.store(state.page_table + row * geo.MAX_PAGES + index, page, mask=index < end)
+        first, end = tl.cdiv(live, geo.P), tl.cdiv(new_live, geo.P)
+        take_pages(state, geo, s, row, first, end, BLOCK)
         tl.store(state.live + row, new_live)
 
 

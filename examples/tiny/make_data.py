@@ -1,7 +1,7 @@
 """Writes needle texts: training rows for the retrofit, or held-out prompts with their answers.
 
-python -m benchmarks.tiny.make_data --out FILE.jsonl [--rows 512] [--length 4096] [--seed 0]
-python -m benchmarks.tiny.make_data --out FILE.jsonl --prompts [--asked 3] [--kind report]
+python -m examples.tiny.make_data --out FILE.jsonl [--rows 512] [--length 4096] [--seed 0]
+python -m examples.tiny.make_data --out FILE.jsonl --prompts [--asked 3] [--kind report]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes what build_tiny.sh left in WORK the embedded checkpoint, and its hash that of the README.
-#   benchmarks/tiny/embed.sh WORK
+#   examples/tiny/embed.sh WORK
 # The README's figures (training/quality.json) and times (the summaries) are written by hand.
 set -euo pipefail
 work=$1

@@ -1,6 +1,6 @@
 """Trains the dense tiny model: next-token loss, context grown in stages.
 
-python -m benchmarks.tiny.train_dense --out DIR [--preset tiny|smoke|test]
+python -m examples.tiny.train_dense --out DIR [--preset tiny|smoke|test]
     [--max-minutes M] [--resume]
 """
 

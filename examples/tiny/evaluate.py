@@ -1,7 +1,7 @@
 """Needle accuracy of a DMS checkpoint in plain PyTorch, beside eviction off and two controls of
 the same memory.
 
-python -m benchmarks.tiny.evaluate MODEL [--length 4096] [--documents 64] [--out FILE.json]
+python -m examples.tiny.evaluate MODEL [--length 4096] [--documents 64] [--out FILE.json]
 """
 
 import argparse
@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from vllm_dms.config import DMSConfig
-from vllm_dms.retrofit.checkpoint import load_dms
 from vllm_dms.retrofit.determinism import deterministic
 from vllm_dms.retrofit.forward import forward
-from vllm_dms.retrofit.gates import Gate, RandomEviction, hard, keep_all, window_only
+from vllm_dms.retrofit.gates import Gate, hard, keep_all
 from vllm_dms.retrofit.losses import live_tokens
 
 from . import needles
+from .controls import RandomEviction, load_dms, window_only
 
 DEPTHS = 4  # bands of depth in the report
 

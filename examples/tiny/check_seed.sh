@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Does the seed decide every byte? Trains again what build_tiny.sh left in WORK and compares.
-#   benchmarks/tiny/check_seed.sh dense WORK [tiny|smoke]              once more, with WORK/dense
-#   benchmarks/tiny/check_seed.sh retrofit WORK [tiny|smoke]           once more, with WORK/dms
-#   benchmarks/tiny/check_seed.sh retrofit WORK [tiny|smoke] STEPS     two short ones, with each other
+#   examples/tiny/check_seed.sh dense WORK [tiny|smoke]              once more, with WORK/dense
+#   examples/tiny/check_seed.sh retrofit WORK [tiny|smoke]           once more, with WORK/dms
+#   examples/tiny/check_seed.sh retrofit WORK [tiny|smoke] STEPS     two short ones, with each other
 # Prints both hashes; exits with 1 if they differ. Leaves the second run, and the log of each, in
 # WORK/check-dense, WORK/check-retrofit.
 set -euo pipefail
@@ -20,7 +20,7 @@ retrofit() { # OUT
 case $what in
     dense)
         first=$work/dense second=$check
-        "$python" -m benchmarks.tiny.train_dense --preset "$preset" --out "$second"
+        "$python" -m examples.tiny.train_dense --preset "$preset" --out "$second"
         ;;
     retrofit)
         first=$work/dms second=$check/second

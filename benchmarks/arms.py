@@ -1,0 +1,55 @@
+"""What is compared: vLLM's own caches and DMS, on the same weights, with the same arguments."""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    checkpoint: str  # subdirectory of what synthetic.py made
+    kv_cache_dtype: str
+    dms: dict[str, Any] | None = None  # "dms" of --additional-config; None: without the plugin
+
+
+ARMS = {
+    "bf16": Arm("dense", "auto"),
+    "fp8": Arm("dense", "fp8"),
+    "dms": Arm("dms", "dms", {}),
+    "dms_fp8": Arm("dms", "dms_fp8", {}),
+    "dms_keep": Arm("dms", "dms", {"evict": False}),
+}
+# A stock cache, and DMS with as many bytes an element: their ratio is shown.
+PAIRS = (("bf16", "dms"), ("fp8", "dms_fp8"))
+
+
+def engine_args(arm: Arm, options: Namespace, limits: dict[str, int]) -> dict[str, Any]:
+    """Arguments of EngineArgs; what is not here is vLLM's default. ``limits``: the workloads'"""
+    args: dict[str, Any] = {
+        "model": str(options.model / arm.checkpoint),
+        "dtype": "bfloat16",
+        "kv_cache_dtype": arm.kv_cache_dtype,
+        "kv_cache_memory_bytes": int(options.pool_gib * 2**30),
+        "max_num_batched_tokens": options.chunk,
+        "enable_prefix_caching": False,
+        "seed": 0,
+        **limits,
+    }
+    if options.eager:
+        args["enforce_eager"] = True
+    if arm.dms is not None:
+        args["additional_config"] = {"dms": {**options.dms, **arm.dms}}
+    return args
+
+
+def flags(args: dict[str, Any]) -> list[str]:
+    """The same for a command line."""
+    found = []
+    for name, value in args.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            found.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            found += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return found

@@ -1,0 +1,1 @@
+"""Examples; a package, so that its modules are found by name from the repository's root."""

@@ -1,0 +1,72 @@
+"""How the operations are bound and driven: what is refused, the order of calls in a step."""
+
+import pytest
+import torch
+from core_sim import make_config
+
+from vllm_dms.backend import runtime
+from vllm_dms.backend.attention import DMSCompactAttentionImpl
+from vllm_dms.backend.runtime import Runtime
+from vllm_dms.backend.state import Batch
+
+
+class Recorder:
+    """`Ops` that only take notes."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda batch, *args: self.calls.append((name, *args[:1]))
+
+
+def make_batch(counts):
+    counts = torch.tensor(counts)
+    return Batch(
+        num_reqs=len(counts),
+        num_tokens=int(counts.sum()),
+        max_query_len=int(counts.max()),
+        block_table=torch.zeros(len(counts), 1, dtype=torch.int32),
+        query_start=torch.cat([counts[:1] * 0, counts.cumsum(0)]).int(),
+        seq_lens=counts.int(),
+    )
+
+
+def test_a_step_is_begun_once_and_by_its_first_layer():
+    """Within the forward pass, so that a CUDA graph holds it."""
+    impl, ops = DMSCompactAttentionImpl(4, 16, 0.25, 2), Recorder()
+    for layer in range(2):
+        impl.attend(ops, layer, *[None] * 4, make_batch([1, 1]), None)
+    assert ops.calls == [
+        ("begin_step",), ("store", 0), ("decode", 0), ("store", 1), ("decode", 1),
+    ]  # fmt: skip
+    ops.calls.clear()
+    impl.attend(ops, 0, *[None] * 4, make_batch([1, 3]), None)
+    names = ["begin_step", "store", "prefill", "store_window", "decode"]
+    assert [name for name, *_ in ops.calls] == names
+
+
+def make_runtime():
+    vllm_config, config = make_config()
+    return Runtime(vllm_config, config, torch.device("cpu"), 0.25)
+
+
+def test_side_state_that_does_not_fit_is_refused_with_a_remedy(monkeypatch):
+    needed = make_runtime().layout.side_bytes(4, 48)
+    monkeypatch.setattr(runtime, "free_memory", lambda device: needed)
+    make_runtime()
+    monkeypatch.setattr(runtime, "free_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=r"--max-num-seqs 4 and --max-model-len 256 need .* Lower"):
+        make_runtime()
+
+
+def test_an_allocation_for_fewer_blocks_than_vllm_hands_out_is_refused():
+    """As if a layer had an allocation of its own."""
+    made = make_runtime()
+    num_layers, size = made.layout.num_layers, made.layout.block_bytes
+    cache = torch.zeros(6 * size, dtype=torch.int8).view(6, -1)
+    made.bind(cache[:, : size // num_layers])
+    assert made.state.num_blocks == 6
+    alone = torch.zeros(6, size // num_layers, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=r"hands out 6 blocks, but .* are 3 of"):
+        make_runtime().bind(alone)

@@ -1,6 +1,7 @@
 """Bad input gets one clear error; engines that don't ask for DMS stay as they were."""
 
 import logging
+import pickle
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from checkpoints import random_tokens
 from engines import edit_config, engine_args, engine_config, generate, sampling
 from vllm import envs
 
+from vllm_dms import connector
 from vllm_dms.backend.runtime import get_runtime
 
 REFUSED = {
@@ -161,6 +163,24 @@ def test_overrides_reach_the_workers_config(checkpoint):
     assert "vllm_dms::attention" in (config.compilation_config.splitting_ops or ["off"]) or (
         config.model_config.enforce_eager
     )
+
+
+@pytest.mark.parametrize("dtype", ["dms", "dms_fp8"])
+def test_the_info_metric_shows_the_cache_dtype(checkpoint, dtype):
+    """vLLM makes `vllm:cache_config_info` of the attributes of this object, wherever it went."""
+    config = engine_config(checkpoint("nvidia-borrowed"), kv_cache_dtype=dtype)
+    info = pickle.loads(pickle.dumps(config)).cache_config.metrics_info()
+    assert (info["cache_dtype"], info["dms_cache_dtype"]) == ("auto", dtype)
+    config.compute_hash()
+    plain = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
+    assert "dms_cache_dtype" not in plain.cache_config.metrics_info()
+
+
+def test_the_connector_frees_at_once_and_can_end_a_request(checkpoint):
+    config = engine_config(checkpoint("nvidia-borrowed")).kv_transfer_config
+    assert config.is_kv_producer and not config.is_kv_consumer
+    assert config.kv_load_failure_policy == "fail"
+    assert config.kv_connector_module_path == connector.__name__
 
 
 @pytest.fixture

@@ -82,3 +82,13 @@ def fresh_connector(monkeypatch):
     from vllm.distributed.kv_transfer import kv_transfer_state
 
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)
+
+
+@pytest.fixture
+def expert_group(monkeypatch):
+    """vLLM makes its groups of ranks once per process, that of experts only for a model with them.
+    Of one rank, all groups are the same."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._EP is None and parallel_state._TP is not None:
+        monkeypatch.setattr(parallel_state, "_EP", parallel_state.get_tp_group())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from core_worker import Worker
-from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -24,6 +24,7 @@ from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.arena.storage import ModelStorage
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.integrity import check_integrity
+from vllm_dms.gates import transfer_config
 
 MAX_MODEL_LEN = 256
 CHUNK = 48
@@ -91,11 +92,7 @@ def make_config(
                 policy=policy,
             ),
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=False),
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="DMSConnector",
-                kv_connector_module_path="vllm_dms.connector",
-                kv_role="kv_producer",
-            ),
+            kv_transfer_config=transfer_config(),
         )
     vllm_config.additional_config = {"dms": config.to_dict()}
     return vllm_config, config

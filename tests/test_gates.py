@@ -1,14 +1,15 @@
 """Bad input gets one clear error; engines that don't ask for DMS stay as they were."""
 
 import logging
+import pickle
 import re
 
 import pytest
-from checkpoints import make_checkpoint, random_tokens
+from checkpoints import random_tokens
 from engines import edit_config, engine_args, engine_config, generate, sampling
-from safetensors.torch import load_file, save_file
 from vllm import envs
 
+from vllm_dms import connector
 from vllm_dms.backend.runtime import get_runtime
 
 REFUSED = {
@@ -129,26 +130,6 @@ def test_a_model_without_dms_is_refused_with_what_is_supported(checkpoint):
         engine_config(checkpoint("dense"))
 
 
-@pytest.mark.parametrize(
-    ("dialect", "drop", "add", "named"),
-    [
-        ("nvidia-adapter", "model.layers.1.self_attn.dms_proj_alpha.weight", None, "lacks 1 of 6"),
-        ("nvidia-borrowed", None, "model.layers.0.self_attn.dms_proj_alpha.weight", "dms_separate"),
-    ],
-    ids=["absent", "left over"],
-)
-def test_adapter_weights_must_match_the_config(make_engine, tmp_path, dialect, drop, add, named):
-    path = make_checkpoint(tmp_path / "weights", dialect)
-    weights = load_file(path / "model.safetensors")
-    if drop:
-        del weights[drop]
-    if add:
-        weights[add] = weights["model.layers.0.self_attn.k_proj.weight"][:2].clone()
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=named):
-        make_engine(path, **engine_args(96))
-
-
 def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):
     overrides = {"dms": {"page_size": 4096}}
     with pytest.raises(ValueError, match="not a multiple of page_size 4096"):
@@ -182,6 +163,24 @@ def test_overrides_reach_the_workers_config(checkpoint):
     assert "vllm_dms::attention" in (config.compilation_config.splitting_ops or ["off"]) or (
         config.model_config.enforce_eager
     )
+
+
+@pytest.mark.parametrize("dtype", ["dms", "dms_fp8"])
+def test_the_info_metric_shows_the_cache_dtype(checkpoint, dtype):
+    """vLLM makes `vllm:cache_config_info` of the attributes of this object, wherever it went."""
+    config = engine_config(checkpoint("nvidia-borrowed"), kv_cache_dtype=dtype)
+    info = pickle.loads(pickle.dumps(config)).cache_config.metrics_info()
+    assert (info["cache_dtype"], info["dms_cache_dtype"]) == ("auto", dtype)
+    config.compute_hash()
+    plain = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
+    assert "dms_cache_dtype" not in plain.cache_config.metrics_info()
+
+
+def test_the_connector_frees_at_once_and_can_end_a_request(checkpoint):
+    config = engine_config(checkpoint("nvidia-borrowed")).kv_transfer_config
+    assert config.is_kv_producer and not config.is_kv_consumer
+    assert config.kv_load_failure_policy == "fail"
+    assert config.kv_connector_module_path == connector.__name__
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_only_attention_is_replaced_and_under_the_old_names(checkpoint, make_eng
             assert layer.self_attn.attn is layers[layer.self_attn.attn.layer_name]
         return {name for name, _ in model.named_parameters() if "dms_" in name}
 
-    suffixes = ("proj_alpha.weight", "proj_alpha_norm.weight")
+    suffixes = ("proj_alpha.weight", "proj_alpha.bias", "proj_alpha_norm.weight")
     expected = {f"model.layers.{i}.self_attn.dms_{s}" for i in range(2) for s in suffixes}
     assert llm.apply_model(look) == [expected if dialect == "nvidia-adapter" else set()]
 

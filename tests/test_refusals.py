@@ -6,13 +6,36 @@ import pytest
 from engines import engine_config
 
 from vllm_dms import gates
+from vllm_dms import refusals as module
 from vllm_dms.config import DMSConfig
 
 
 def refusals(vllm_config, config, **changes):
     vllm_config.kv_transfer_config = None  # the plugin's own, as is the architecture
     vllm_config.model_config.hf_config.architectures = ["Qwen3ForCausalLM"]
-    return gates._refusals(vllm_config, replace(config, **changes))
+    return module.refusals(vllm_config, replace(config, **changes))
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """on_cuda(vllm_config): as if it were for an NVIDIA GPU with vLLM's V2 model runner, or not."""
+
+    def pretend(vllm_config, runner_v2=True):
+        monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+        monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", runner_v2)
+
+    return pretend
+
+
+def test_vllms_old_model_runner_is_refused_on_a_gpu_only(checkpoint, on_cuda):
+    vllm_config = engine_config(checkpoint("nvidia-borrowed"))
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    assert not vllm_config.use_v2_model_runner and not refusals(vllm_config, config)
+    on_cuda(vllm_config)
+    assert not refusals(vllm_config, config)
+    on_cuda(vllm_config, runner_v2=False)
+    (text,) = refusals(vllm_config, config)
+    assert "V1 model runner" in text and "Unset VLLM_USE_V2_MODEL_RUNNER" in text
 
 
 def test_a_decision_is_borrowed_from_a_rank_that_has_the_head(checkpoint):
@@ -24,10 +47,10 @@ def test_a_decision_is_borrowed_from_a_rank_that_has_the_head(checkpoint):
     assert not refusals(vllm_config, config, alpha_per="layer", dialect="nvidia-adapter")
 
 
-def test_plain_operations_do_not_go_into_a_cuda_graph(checkpoint, monkeypatch):
+def test_plain_operations_do_not_go_into_a_cuda_graph(checkpoint, on_cuda, monkeypatch):
     vllm_config = engine_config(checkpoint("nvidia-borrowed"))
     config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
-    monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+    on_cuda(vllm_config)
     monkeypatch.setattr(vllm_config.model_config, "enforce_eager", False)
     assert any(
         "Add --enforce-eager" in text for text in refusals(vllm_config, config, kernels="torch")
@@ -67,20 +90,20 @@ def test_additional_settings_of_another_kind(checkpoint):
     ("dtype", "capability", "refused"),
     [("dms_fp8", 80, True), ("dms_fp8", 89, False), ("dms", 80, False)],
 )
-def test_fp8_needs_a_gpu_that_has_it(checkpoint, monkeypatch, dtype, capability, refused):
+def test_fp8_needs_a_gpu_that_has_it(checkpoint, on_cuda, monkeypatch, dtype, capability, refused):
     vllm_config = engine_config(checkpoint("nvidia-borrowed"), kv_cache_dtype=dtype)
     config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
-    monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+    on_cuda(vllm_config)
     monkeypatch.setattr(
-        gates.current_platform, "has_device_capability", lambda needed: capability >= needed
+        module.current_platform, "has_device_capability", lambda needed: capability >= needed
     )
     texts = refusals(vllm_config, config)
     assert any("dms_fp8" in text for text in texts) == refused
 
 
 def test_other_platforms_are_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(gates.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setattr(gates.current_platform, "is_cuda", lambda: False)
+    monkeypatch.setattr(module.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(module.current_platform, "is_cuda", lambda: False)
     vllm_config = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
     config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
-    assert any("NVIDIA GPUs" in text for text in gates._refusals(vllm_config, config))
+    assert any("NVIDIA GPUs" in text for text in module.refusals(vllm_config, config))

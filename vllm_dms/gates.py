@@ -4,11 +4,9 @@
 processes receive its result with the pickled config. It may run again on a copy of a config.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
-from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -18,6 +16,7 @@ from vllm_dms.compat import check_hooks, check_vllm_version
 from vllm_dms.config import DMSConfig
 from vllm_dms.formats import SUPPORTED_FORMATS
 from vllm_dms.models.families import family_of, family_of_architectures
+from vllm_dms.refusals import refusals
 
 logger = init_logger(__name__)
 
@@ -62,7 +61,7 @@ def configure(vllm_config: VllmConfig) -> None:
     check_hooks()
     storage = CACHE_DTYPES[cache_dtype]
     config = _read_config(vllm_config, storage)
-    for refusal in _refusals(vllm_config, config):
+    for refusal in refusals(vllm_config, config):
         raise ValueError(f"--kv-cache-dtype {cache_dtype}: {refusal}")
     _apply(vllm_config, config)
 
@@ -86,121 +85,15 @@ def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:
     return config
 
 
-def _refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
-    """What is set but not built or not tested with DMS: the setting, the reason, the remedy."""
-    cache, model = vllm_config.cache_config, vllm_config.model_config
-    parallel, hf_config = vllm_config.parallel_config, model.hf_config
-    architectures = getattr(hf_config, "architectures", None) or []
-    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
-    ranks = parallel.tensor_parallel_size
-    borrowers = 1 if config.alpha_per == "layer" else model.get_total_num_kv_heads()
-    checks = {
-        f"architecture {architectures} is not supported. {SUPPORTED_FORMATS}": (
-            family_of_architectures(architectures) is None
-        ),
-        f"--model-impl is {model.model_impl!r}, but DMS is built into vLLM's own models. Remove "
-        "it.": model.model_impl not in ("auto", "vllm"),
-        "--speculative-config is set, but draft tokens would commit evictions that a rejected "
-        "draft can't undo. Remove --speculative-config.": vllm_config.speculative_config,
-        "--kv-transfer-config is set, but DMS uses vLLM's KV connector slot itself, and its pages "
-        "can't be moved to another instance. Remove --kv-transfer-config.": (
-            vllm_config.kv_transfer_config
-        ),
-        "--ec-transfer-config is set, which is not tested with DMS. Remove it.": (
-            vllm_config.ec_transfer_config
-        ),
-        "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, which vLLM refuses with any KV "
-        "connector, and DMS is one for vLLM. Unset it.": (
-            "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-            and not model.enable_cumem_allocator
-        ),
-        "VLLM_USE_BREAKABLE_CUDAGRAPH is set, but it cuts CUDA graphs at vLLM's own attention, "
-        "not at DMS's. Unset it.": envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
-        "VLLM_BATCH_INVARIANT is set, but how DMS splits a row over the GPU depends on the whole "
-        "batch, and with it the last bits of the result. Unset it.": envs.VLLM_BATCH_INVARIANT,
-        "--kv-offloading-size is set, but DMS pages can't be offloaded. Remove it.": (
-            cache.kv_offloading_size
-        ),
-        "--decode-context-parallel-size or --prefill-context-parallel-size is above 1, but a row "
-        "of survivors is not split over ranks. Set both to 1.": (
-            (parallel.decode_context_parallel_size or 1) > 1
-            or (parallel.prefill_context_parallel_size or 1) > 1
-        ),
-        f"--tensor-parallel-size is {ranks}, but the query head whose channel decides for "
-        f"{borrowers} KV head(s) is on one rank only. Use at most {borrowers}.": (
-            ranks > borrowers and not config.adapter
-        ),
-        "--pipeline-parallel-size is above 1, but reports of pages in use come from one stage "
-        "only. Use --tensor-parallel-size instead.": parallel.pipeline_parallel_size > 1,
-        "--enable-dbo is set, but DMS keeps one step's state at a time. Remove it.": (
-            parallel.use_ubatching
-        ),
-        "--enable-fault-tolerance is set, but after a failed step vLLM may hand on its report of "
-        "pages in use with the next step's. Remove --enable-fault-tolerance.": (
-            parallel.enable_fault_tolerance
-        ),
-        "--enable-lora is set, but adapters on q_proj would change eviction decisions, which is "
-        "not tested. Merge the adapter into the checkpoint or remove --enable-lora.": (
-            vllm_config.lora_config
-        ),
-        "--enable-sleep-mode is set, but the device state beside the KV cache is not saved. Remove "
-        "--enable-sleep-mode.": model.enable_sleep_mode,
-        "--compilation-config has pass_config.fuse_attn_quant on, which fuses a quantization into "
-        "vLLM's own attention op, but DMS replaces that op. Remove it.": (
-            vllm_config.compilation_config.pass_config.fuse_attn_quant
-        ),
-        "the model has sliding-window or linear attention layers, but DMS replaces full attention "
-        "only. Serve it with --kv-cache-dtype auto.": (
-            layer_types != {"full_attention"} or cache.sliding_window is not None
-        ),
-        "the model has dual_chunk_attention_config, but DMS computes plain causal attention. "
-        "Remove it from config.json, or serve this model with --kv-cache-dtype auto.": (
-            getattr(hf_config, "dual_chunk_attention_config", None)
-        ),
-        "the model has is_causal: false (bidirectional attention), but DMS computes plain causal "
-        "attention. Serve it with --kv-cache-dtype auto.": (
-            getattr(hf_config, "is_causal", True) is False
-        ),
-        "--kv-cache-dtype-skip-layers is set, but all layers share one arena. Remove it.": (
-            cache.kv_cache_dtype_skip_layers
-        ),
-        "the checkpoint quantizes its KV cache to FP8, but DMS pages hold the model's dtype or "
-        "their own FP8 format. Use a checkpoint without kv_cache_scheme.": _fp8_kv(hf_config),
-        'kernels is "triton", but this platform has no CUDA device. Use "auto" or "torch".': (
-            config.kernels == "triton" and vllm_config.device_config.device_type != "cuda"
-        ),
-        'kernels is "torch", which waits for the GPU in the middle of a step and so can\'t be in a '
-        'CUDA graph. Add --enforce-eager or use "auto".': (
-            config.kernels == "torch"
-            and vllm_config.device_config.device_type == "cuda"
-            and not model.enforce_eager
-        ),
-        f"additional_config is a {type(vllm_config.additional_config).__name__}, but DMS keeps its "
-        "settings there. Make it a dict.": not isinstance(vllm_config.additional_config, dict),
-        f"the platform is {current_platform.device_name}, but DMS is built for NVIDIA GPUs and "
-        "CPUs only. Serve this model with --kv-cache-dtype auto.": not (
-            current_platform.is_cuda() or current_platform.is_cpu()
-        ),
-        "--kv-cache-dtype dms_fp8 needs a GPU that converts FP8 itself: compute capability 8.9 "
-        "(Ada, Hopper) or newer. Use --kv-cache-dtype dms.": (
-            config.storage == "fp8"
-            and config.kernels != "torch"
-            and vllm_config.device_config.device_type == "cuda"
-            and not current_platform.has_device_capability(89)
-        ),
-    }
-    return [text for text, is_set in checks.items() if is_set]
-
-
-def _fp8_kv(hf_config: Any) -> bool:
-    quantization = getattr(hf_config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    nested = quantization.get("quantization") or {}
-    return any(
-        section.get(key)
-        for section in (quantization, nested)
-        for key in ("kv_cache_scheme", "kv_cache_quant_algo")
+def transfer_config() -> KVTransferConfig:
+    """What makes vLLM load the connector, in the scheduler and in each worker."""
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path="vllm_dms.connector",
+        # How a request that can never go on is ended; see `vllm_dms.connector`.
+        kv_load_failure_policy="fail",
+        # Not a consumer: consumers make the scheduler delay freeing blocks.
+        kv_role="kv_producer",
     )
 
 
@@ -218,17 +111,12 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
     backend = vllm_config.attention_config.backend
     if backend is not None:
         logger.warning("--attention-backend %s has no effect: DMS brings its own.", backend.name)
+    # For `vllm:cache_config_info`, which shows what this object holds.
+    cache.dms_cache_dtype = cache.cache_dtype
     # The pages hold the model's dtype or FP8 by DMS's own rule; vLLM's tables know neither name.
     cache.cache_dtype = "auto"
     vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}
-    vllm_config.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR,
-        kv_connector_module_path="vllm_dms.connector",
-        # How a request that can never go on is ended; see `vllm_dms.connector`.
-        kv_load_failure_policy="fail",
-        # Not a consumer: consumers make the scheduler delay freeing blocks.
-        kv_role="kv_producer",
-    )
+    vllm_config.kv_transfer_config = transfer_config()
     compilation = vllm_config.compilation_config
     splitting = compilation.splitting_ops
     if splitting is None:

@@ -95,7 +95,7 @@ _OTHER = {
     "vllm.config:CompilationConfig.splitting_ops",
     "what the configuration says": "vllm.config:CacheConfig.cache_dtype "
     "vllm.config:CacheConfig.enable_prefix_caching vllm.config:VllmConfig.additional_config "
-    "vllm.config:VllmConfig.kv_transfer_config "
+    "vllm.config:VllmConfig.kv_transfer_config vllm.config:VllmConfig.use_v2_model_runner "
     "vllm.config.model_arch:ModelArchitectureConfig.architectures",
     # They pass what `input_layernorm` returns on to `self_attn`.
     "the hidden state before it was normed": " ".join(f"{d}.forward" for d in _DECODER_LAYER),

@@ -4,16 +4,21 @@
 where the token is stored (`reference.decide` says in which arithmetic).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 
 import vllm_dms.models.adapter_op  # noqa: F401 registers torch.ops.vllm_dms.alpha
 from vllm_dms.config import DMSConfig
 from vllm_dms.gates import settings_in
+
+logger = init_logger(__name__)
 
 
 def dms_config(vllm_config: VllmConfig) -> DMSConfig | None:
@@ -55,6 +60,36 @@ class BorrowedChannel(nn.Module):
 
     def clear(self, query: torch.Tensor) -> torch.Tensor:
         return query.masked_fill(self.borrowed, 0.0)
+
+
+def check_rounding(qkv_proj: Any) -> None:
+    """A borrowed channel is a row of q_proj: rounded with the other weights, it decides otherwise.
+
+    Measured with random weights: of 100 decisions 1 in int8 and 2 in FP8 differ from those of
+    unquantized weights, and 5 to 14 in int4.
+    """
+    method = qkv_proj.quant_method
+    if isinstance(method, UnquantizedLinearMethod):
+        return
+    largest = max(p.numel() * p.element_size() for p in qkv_proj.parameters())
+    bits = largest * 8 / (qkv_proj.input_size * qkv_proj.output_size_per_partition)
+    # Of a method that rounds when the weights are loaded, they have their full size until then.
+    name = type(method).__name__
+    remedy = (
+        "Use a checkpoint in NVIDIA's adapter form, or leave q_proj, k_proj and v_proj out of the "
+        "quantization."
+    )
+    if bits < 8 or "fp4" in name.lower():
+        raise ValueError(
+            f"q_proj has weights of less than 8 bits ({name}), but the decision is borrowed from "
+            f"one of its channels, and rounding changes it for many tokens. {remedy}"
+        )
+    logger.warning_once(
+        "q_proj is quantized (%s), and the decision is borrowed from one of its channels: 1 or 2 "
+        "in 100 decisions can differ from those of unquantized weights. %s",
+        name,
+        remedy,
+    )
 
 
 class AlphaAdapter:

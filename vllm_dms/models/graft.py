@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_dms.backend.attention import DMSAttention
 from vllm_dms.config import DMSConfig
 from vllm_dms.models.attention import DMSSelfAttention, StreamNorm
-from vllm_dms.models.decision import AlphaAdapter, BorrowedChannel, dms_config
+from vllm_dms.models.decision import AlphaAdapter, BorrowedChannel, check_rounding, dms_config
 from vllm_dms.models.families import Family
 from vllm_dms.models.weights import DMSWeights
 
@@ -69,6 +69,7 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
         # The checkpoint's names for them, so that vLLM's own loading finds them.
         attention.dms_proj_alpha, attention.dms_proj_alpha_norm = adapter.proj, adapter.norm
     else:
+        check_rounding(attention.qkv_proj)
         attention.dms_source = BorrowedChannel(
             attention.num_heads, attention.num_kv_heads, attention.head_dim, config
         )

@@ -1,5 +1,6 @@
 """`vllm-dms`: one command for the modules of the package, which stay commands themselves."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -47,8 +48,6 @@ def test_a_command_is_its_modules_main_with_the_arguments_after_its_name(
 
 
 def test_help_lists_the_commands_and_the_version_is_vllms_too(capsys):
-    import importlib.metadata
-
     code, text = run(capsys, "--help")
     assert code == 0 and "vllm serve" in text
     for name, entry in command.COMMANDS.items():
@@ -66,11 +65,15 @@ def test_anything_else_is_an_error(capsys, argv):
     assert code == 2 and "usage: vllm-dms" in text
 
 
-def test_without_vllm_the_version_says_so(capsys, monkeypatch):
+@pytest.fixture
+def no_metadata(monkeypatch):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_without_vllm_the_version_says_so(capsys, no_metadata):
     assert run(capsys, "--version") == (
         0,
         f"vllm-dms {vllm_dms.__version__} (no vLLM installed)\n",
@@ -86,7 +89,7 @@ def test_what_is_not_installed_is_named_with_a_remedy(capsys, monkeypatch, name)
     )
     code, text = run(capsys, name)
     text = " ".join(text.split())
-    assert code == 2 and f"{name} needs {first} and {second}" in text and "Install" in text
+    assert code == 2 and f"{name} needs {first}, {second}" in text and "Install" in text
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [name for name in command.needs if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(
-            f"{argv[0]} needs {' and '.join(missing)}, which this Python ({sys.executable}) lacks. "
+            f"{argv[0]} needs {', '.join(missing)}, which this Python ({sys.executable}) lacks. "
             + command.remedy
         )
     return importlib.import_module(command.module).main(argv[1:]) or 0

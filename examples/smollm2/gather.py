@@ -1,6 +1,6 @@
 """Text to train and to judge a retrofit with, from the documentation in Debian packages.
 
-python -m examples.smollm2.gather WORK
+python examples/smollm2/gather.py WORK
 
 Fetches the packages with apt-get (any Debian or Ubuntu that has them), unpacks them under
 WORK/packages without installing them, and writes WORK/train.jsonl and WORK/heldout.jsonl: a

@@ -1,9 +1,12 @@
 """README.md of an adapter's directory."""
 
+from pathlib import Path
+
 from .recipe import Recipe
 
 
 def card(base: str, recipe: Recipe, data: str, steps: int, result: dict) -> str:
+    data = Path(data).name if Path(data).is_file() else data
     tokens = steps * recipe.batch * recipe.length
     lines = [
         f"# DMS adapter for {base}",

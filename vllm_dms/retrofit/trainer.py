@@ -14,8 +14,9 @@ from .checkpoint import prepare
 from .evaluation import Evaluation
 from .forward import forward
 from .gates import GumbelSigmoid
-from .losses import forward_kl, live_compression
+from .losses import forward_kl, live_tokens
 from .memory import layers_to_recompute
+from .processes import Processes
 from .progress import Progress, asked_to_stop
 from .recipe import Recipe
 
@@ -34,7 +35,16 @@ class Trainer:
         work: Path,
         *,
         recompute: int | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes()
+        num_micro = recipe.batch // recipe.micro_batch
+        if num_micro % self.processes.size:
+            raise ValueError(
+                f"--batch {recipe.batch} is {num_micro} forwards of --micro-batch "
+                f"{recipe.micro_batch}, which {self.processes.size} processes can't share evenly: "
+                "give another --batch or --micro-batch."
+            )
         self.model, self.rows, self.recipe, self.work = model, rows, recipe, work
         self.dms = recipe.dms()
         # With the base frozen and no channel borrowed, the student without its mask is the teacher.
@@ -80,6 +90,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         # A run that was killed has logged steps after its last state, and takes them again.
+        if not self.processes.main:
+            return
         log = self.work / LOG
         lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
         log.write_text("".join(x for x in lines if json.loads(x)["step"] < self.step))
@@ -94,29 +106,38 @@ class Trainer:
         """Trains to the last step, or `max_minutes` long: schedules are squeezed into that.
 
         False: SIGINT or SIGTERM came, and the state is saved after the step that it found."""
-        log = (self.work / LOG).open("a" if self.step else "w")
+        main = self.processes.main
+        log = (self.work / LOG).open("a" if self.step else "w") if main else None
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         progress = Progress(self.recipe, self.step, self.device)
-        with asked_to_stop() as stop:
-            while self.step < self.recipe.steps and self.step != stop_after and not stop:
+        stopped = 0.0
+        with asked_to_stop() as received:
+            while self.step < self.recipe.steps and self.step != stop_after:
                 self.seconds = time.monotonic() - started
-                share = max(self.step / self.recipe.steps, self.seconds / (60 * max_minutes))
+                clock = self.seconds / (60 * max_minutes)
+                # Processes must take the same steps: the clocks and signals of all of them count.
+                clock, stopped = self.processes.agree(clock, float(bool(received)))
+                share = max(self.step / self.recipe.steps, clock)
                 if share >= 1:
-                    print(f"--max-minutes is over at step {self.step} of {self.recipe.steps}")
+                    self.processes.say(
+                        f"--max-minutes is over at step {self.step} of {self.recipe.steps}"
+                    )
+                if share >= 1 or stopped:
                     break
                 record = self.train_step(share, with_record=self.step % log_every == 0)
-                if record:
+                if record and log:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     progress.show(record)
                 self.step += 1
-                if time.monotonic() - saved > 60 * save_minutes:
+                if main and time.monotonic() - saved > 60 * save_minutes:
                     self.save_state()
                     saved = time.monotonic()
-        log.close()
         self.seconds = time.monotonic() - started
-        self.save_state()
-        return not stop
+        if log:
+            log.close()
+            self.save_state()
+        return not stopped
 
     def train_step(self, progress: float, with_record: bool) -> dict | None:
         """One optimizer step; -> a log record, if asked for (it costs a device sync)."""
@@ -124,22 +145,34 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(progress)
         batch = data.batch(self.rows, self.step, recipe.batch, recipe.seed).to(self.device)
-        num_micro = recipe.batch // recipe.micro_batch
-        kls, evicts = [], []
-        for index, ids in enumerate(batch.split(recipe.micro_batch)):
+        parts = list(batch.split(recipe.micro_batch))
+        total = 0.0
+        for index, ids in self.processes.share(parts):
             seed = (recipe.seed * 1_000_003 + self.step) * 64 + index
             kl, evict = self.student_loss(ids, GumbelSigmoid(recipe.tau, seed))
             shortfall = (recipe.target_share(progress) - evict.mean()).clamp_min(0)
-            ((kl + recipe.penalty * shortfall) / num_micro).backward()
-            kls.append(kl.detach())
-            evicts.append(evict.detach())
+            ((kl + recipe.penalty * shortfall) / len(parts)).backward()
+            total = total + self.figures(kl.detach(), evict.detach()) / len(parts)
+        self.processes.add(p.grad for p in self.trained.values() if p.grad is not None)
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not with_record:
             return None
-        kl, evict = torch.stack(kls).mean().item(), torch.cat(evicts, dim=1)
-        share = evict.mean().item()
+        self.processes.add([total])
+        return self.record(progress, total)
+
+    def figures(self, kl: torch.Tensor, evict: torch.Tensor) -> torch.Tensor:
+        """kl (), evict (L, B, H, T) -> what a log record averages: KL, live tokens, share evicted
+        of each layer and head."""
+        live = live_tokens(evict, self.recipe.window, self.dms.shift).mean()
+        return torch.cat((torch.stack((kl.float(), live)), evict.mean((1, 3)).flatten()))
+
+    def record(self, progress: float, figures: torch.Tensor) -> dict:
+        recipe = self.recipe
+        kl, live, *_ = figures.tolist()
+        rates = figures[2:].view(self.model.config.num_hidden_layers, -1)
+        share = rates.mean().item()
         penalty = recipe.penalty * max(recipe.target_share(progress) - share, 0.0)
         return {
             "step": self.step,
@@ -150,10 +183,8 @@ class Trainer:
             "penalty": penalty,
             "share_evicted": share,
             "target_ratio": recipe.target_ratio(progress),
-            "live_compression": live_compression(evict, recipe.window, self.dms.shift),
-            "per_head_evicted": [
-                [round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()
-            ],
+            "live_compression": recipe.length / live,
+            "per_head_evicted": [[round(r, 4) for r in layer] for layer in rates.tolist()],
         }
 
     def student_loss(self, ids: torch.Tensor, gate) -> tuple[torch.Tensor, torch.Tensor]:

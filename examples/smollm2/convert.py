@@ -103,11 +103,11 @@ def dequantize(raw: np.ndarray, kind: int) -> np.ndarray:
     blocks = raw.reshape(-1, BLOCKS[kind][1])
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     if kind == Q8_0:
-        return blocks[:, 2:].view(np.int8) * scale
+        return (blocks[:, 2:].view(np.int8) * scale).ravel()
     # Q4_1: scale, minimum, then 32 numbers in halves of 16 bytes: the low ones come first.
     minimum = blocks[:, 2:4].copy().view(np.float16).astype(np.float32)
     codes = np.concatenate((blocks[:, 4:] & 15, blocks[:, 4:] >> 4), axis=1)
-    return codes * scale + minimum
+    return (codes * scale + minimum).ravel()
 
 
 def halves_apart(weight: np.ndarray, heads: int) -> np.ndarray:

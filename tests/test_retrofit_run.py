@@ -60,6 +60,24 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == list(range(12))
 
 
+def test_no_time_is_no_step(dense, tmp_path, capsys):  # noqa: F811
+    """Loading alone takes longer, so there is nothing left to train in."""
+    source = dense("qwen3", attention_bias=False)
+    assert run(source, tmp_path, "--max-minutes", "1e-5") == cli.MISSED
+    assert "--max-minutes is over at step 0 of 12" in capsys.readouterr().out
+
+
+def test_time_is_left_for_the_evaluation(dense, tmp_path):  # noqa: F811
+    """After the first steps it is known that an evaluation this long would not fit."""
+    from vllm_dms.retrofit.checkpoint import load_dense
+
+    recipe = Recipe(ratio=2, window=6, length=48, steps=10_000, batch=1)
+    model = load_dense(dense("qwen3", attention_bias=False), torch.float32)
+    trainer = Trainer(model, torch.ones(1, 48, dtype=torch.int32), recipe, tmp_path)
+    trainer.run(0.1, tokens_after=10**9)
+    assert 0 < trainer.step <= 2
+
+
 def test_live_ratio_counts_the_window():
     recipe = Recipe(ratio=4, window=9, length=20)
     assert recipe.live_ratio(8) == 1

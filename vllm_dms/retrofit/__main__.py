@@ -64,8 +64,10 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     if args.resume and (work / STATE).is_file():
         trainer.resume()
         processes.say(f"resumed at step {trainer.step}")
-    minutes = args.max_minutes - (time.monotonic() - started) / 60
-    if not trainer.run(minutes, args.log_every, args.save_minutes):
+    # What has passed counts, and so does what comes after the last step.
+    minutes = max(args.max_minutes - (time.monotonic() - started) / 60, 1e-9)
+    after = eval_rows.numel()
+    if not trainer.run(minutes, args.log_every, args.save_minutes, tokens_after=after):
         processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
         return STOPPED
     if not processes.main:

@@ -102,8 +102,10 @@ class Trainer:
         log_every: int = 10,
         save_minutes: float = 5.0,
         stop_after: int | None = None,
+        tokens_after: int = 0,
     ) -> bool:
-        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that.
+        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that. Time is
+        left for `tokens_after` more tokens at the speed of training.
 
         False: SIGINT or SIGTERM came, and the state is saved after the step that it found."""
         main = self.processes.main
@@ -114,7 +116,8 @@ class Trainer:
         with asked_to_stop() as received:
             while self.step < self.recipe.steps and self.step != stop_after:
                 self.seconds = time.monotonic() - started
-                clock = self.seconds / (60 * max_minutes)
+                after = tokens_after * self.seconds_a_token()
+                clock = (self.seconds + after) / (60 * max_minutes)
                 # Processes must take the same steps: the clocks and signals of all of them count.
                 clock, stopped = self.processes.agree(clock, float(bool(received)))
                 share = max(self.step / self.recipe.steps, clock)
@@ -138,6 +141,10 @@ class Trainer:
             log.close()
             self.save_state()
         return not stopped
+
+    def seconds_a_token(self) -> float:
+        tokens = self.step * self.recipe.batch * self.recipe.length
+        return self.seconds / tokens if tokens else 0.0
 
     def train_step(self, progress: float, with_record: bool) -> dict | None:
         """One optimizer step; -> a log record, if asked for (it costs a device sync)."""

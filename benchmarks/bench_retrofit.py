@@ -229,7 +229,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.compile:
         return compile_one(args.compile)
-    report = {"gpu": torch.cuda.get_device_name(), "command": sys.argv}
+    command = " ".join(("python -m benchmarks.bench_retrofit", *sys.argv[1:]))
+    report = {"gpu": torch.cuda.get_device_name(), "command": command}
     report |= {"torch": torch.__version__, "triton": triton.__version__}
 
     def record(name, value) -> None:

@@ -57,8 +57,9 @@ def dense(tmp_path_factory):
 
 
 def run(model, out, *extra, form=("--merge",)):
-    """The command with settings under which 12 steps make a random model evict about half."""
-    cli.main(
+    """The command with settings under which 12 steps make a random model evict about half; -> its
+    exit code"""
+    return cli.main(
         [
             str(model),
             "--data",

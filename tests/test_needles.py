@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from examples.tiny import needles
-from examples.tiny.controls import RandomEviction
 from examples.tiny.tokenizer import build_tokenizer
+from vllm_dms.retrofit.controls import RandomEviction
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from checkpoints import adapter_weights
 from engines import NOISE, generate, sampling
 from retrofit_runs import FAMILIES, WINDOW, dense, run  # noqa: F401 - dense is a fixture
 
-from examples.tiny.controls import load_dms
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import ReferenceModel
 from vllm_dms.retrofit import __main__ as cli
+from vllm_dms.retrofit.checkpoint import load_dms
 from vllm_dms.retrofit.forward import forward
 from vllm_dms.retrofit.gates import hard
 
@@ -87,16 +87,14 @@ def test_borrowed_changes_only_its_rows(dense, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("train", ["decisions", "all"])
-def test_resumed_run_equals_uninterrupted(dense, tmp_path, train):  # noqa: F811
+def test_resumed_run_equals_uninterrupted(dense, tmp_path, monkeypatch, train):  # noqa: F811
     source = dense("qwen3", attention_bias=False)
     run(source, tmp_path / "whole", "--train", train)
     halves = ["--train", train, "--resume"]
-    original, cli.Trainer.run = cli.Trainer.run, _stop_after(5, cli.Trainer.run)
-    try:
-        run(source, tmp_path / "halves", *halves)
-    finally:
-        cli.Trainer.run = original
-    run(source, tmp_path / "halves", *halves)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.Trainer, "run", _stop_after(5, cli.Trainer.run))
+        assert run(source, tmp_path / "halves", *halves) == cli.STOPPED
+    assert run(source, tmp_path / "halves", *halves) == cli.OK
     logs = []
     for name in ("whole", "halves"):
         lines = (tmp_path / name / "training" / "log.jsonl").read_text().splitlines()
@@ -108,13 +106,15 @@ def test_resumed_run_equals_uninterrupted(dense, tmp_path, train):  # noqa: F811
 
 def _stop_after(step, run_method):
     def stopped(self, *args, **kwargs):
-        return run_method(self, *args, stop_after=step, **kwargs)
+        run_method(self, *args, stop_after=step, **kwargs)
+        return False
 
     return stopped
 
 
-def test_resume_refuses_another_recipe(dense, tmp_path, capsys):  # noqa: F811
+def test_resume_refuses_another_recipe(dense, tmp_path, monkeypatch, capsys):  # noqa: F811
     source = dense("qwen3", attention_bias=False)
+    monkeypatch.setattr(cli.Trainer, "run", _stop_after(1, cli.Trainer.run))
     run(source, tmp_path)
     with pytest.raises(SystemExit):
         run(source, tmp_path, "--resume", "--tau", "0.2")
@@ -129,7 +129,7 @@ def test_resume_refuses_another_recipe(dense, tmp_path, capsys):  # noqa: F811
         (["--micro-batch", "3"], "--micro-batch is 3, but it must be a divisor of batch"),
         (["--dialect", "other"], "adapter or borrowed"),
         (["--train", "all", "--dtype", "bfloat16"], "needs --dtype float32"),
-        (["--length", "4000"], "less than one row"),
+        (["--length", "4000"], "the model knows 512 positions"),
         (["--eval-rows", "100"], "give more text"),
         (["--data", "missing.txt"], "there is no such file"),
     ],
@@ -147,8 +147,7 @@ def test_a_dms_checkpoint_is_refused(dense, tmp_path, capsys):  # noqa: F811
     (tmp_path / "text.txt").write_text("again " * 200)
     with pytest.raises(SystemExit):
         run(tmp_path, tmp_path / "again")
-    err = capsys.readouterr().err
-    assert "already" in err or "architectures" in err
+    assert "is a DMS checkpoint already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", FAMILIES)

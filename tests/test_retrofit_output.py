@@ -4,6 +4,7 @@ import pytest
 import torch
 from retrofit_runs import FAMILIES, dense, run  # noqa: F401 - dense is a fixture
 
+from vllm_dms import verify
 from vllm_dms.adapters import is_adapter_dir, read_adapter, tensor_names
 from vllm_dms.reference import ReferenceModel
 
@@ -20,6 +21,25 @@ def test_the_adapter_over_its_base_is_the_merged_checkpoint(dense, tmp_path, fam
     assert torch.equal(found.logits, truth.logits) and truth.evict.any()
     run(source, adapter, "--base-name", "Some/Model", form=())
     assert read_adapter(adapter).base == "Some/Model"
+
+
+def test_verify_reads_an_adapter_and_records(dense, tmp_path, capsys):  # noqa: F811
+    """Over its base, whose tokenizer it takes; a line of a .jsonl is a document, not text."""
+    source, adapter = dense("qwen3"), tmp_path / "adapter"
+    run(source, adapter, "--base-name", "Some/Model", form=())
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "The quick brown fox."}\n{"text": "The lazy dog."}\n')
+    settings = ["--text", str(texts), "--max-kl", "99"]
+    assert verify.main([str(adapter), "--base", str(source), *settings]) == 0
+    # 20 and 13 bytes, and the empty line between two documents
+    assert "over 35 tokens" in capsys.readouterr().out
+    for arguments, message in (
+        ([str(adapter), *settings], "Some/Model, which is no directory here"),
+        ([str(source), "--base", str(source), *settings], "is none: leave it out"),
+    ):
+        with pytest.raises(SystemExit):
+            verify.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--dialect", "borrowed"], ["--train", "all"]], ids=str)

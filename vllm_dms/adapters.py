@@ -205,6 +205,15 @@ def base_dir(adapter: Adapter) -> Path:
     )
 
 
+def weights_dir(path: Path, base: Path | None = None) -> Path:
+    """The whole model's directory: `path` itself, or for an adapter `base` or what it names."""
+    if is_adapter_dir(path):
+        return base or base_dir(read_adapter(path))
+    if base is not None:
+        raise ValueError(f"--base {base} goes with an adapter, but {path} is none: leave it out.")
+    return path
+
+
 def nvidia_keys(dms: DMSConfig, tau: float) -> dict[str, Any]:
     """config.json's dms_* keys, as NVIDIA's own training writes them."""
     return {

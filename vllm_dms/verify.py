@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_dms.adapters import weights_dir
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import ReferenceModel, live_counts
+from vllm_dms.retrofit.data import read_texts
 
 SAMPLE = "sample.txt"  # a checkpoint that knows only texts of its own kind carries one
 ROWS = 512  # tokens whose log-probabilities are compared at a time
@@ -56,10 +58,16 @@ def compare(on: torch.Tensor, off: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def measure(
-    path: Path, token_ids: Sequence[int], overrides: dict | None = None, **kwargs
+    path: Path,
+    token_ids: Sequence[int],
+    overrides: dict | None = None,
+    base: Path | None = None,
+    **kwargs,
 ) -> Report:
-    """kwargs: dtype and device of the reference model."""
-    model = ReferenceModel.from_dir(path, overrides, **kwargs)
+    """base: of an adapter (default: the one it names); kwargs: dtype and device."""
+    whole = weights_dir(path, base)
+    adapter = None if whole == path else path
+    model = ReferenceModel.from_dir(whole, overrides, adapter, **kwargs)
     if model.dms is None:
         raise ValueError(f"{path} is not a DMS checkpoint: its config has no eviction rule.")
     rule, num_tokens = model.dms, len(token_ids)
@@ -78,6 +86,11 @@ def default_text(path: Path) -> str:
     if (path / SAMPLE).is_file():
         return (path / SAMPLE).read_text()
     return "\n".join(p.read_text() for p in sorted(Path(__file__).parent.rglob("*.py")))
+
+
+def read_text(path: Path, tokenizer) -> str:
+    """The documents of a file, one after the other."""
+    return "\n\n".join(read_texts(path, tokenizer))
 
 
 def print_report(report: Report) -> None:
@@ -118,8 +131,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Which rule a DMS checkpoint evicts by, what it saves and what that costs.",
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint's directory")
-    parser.add_argument("--text", type=Path, help=f"text to read (default: MODEL/{SAMPLE} or code)")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="directory of a checkpoint or of an adapter"
+    )
+    parser.add_argument("--base", type=Path, help="of an adapter (default: the one it names)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="text to read, plain or as records as the retrofit reads them "
+        f"(default: MODEL/{SAMPLE} or code)",
+    )
     parser.add_argument("--length", type=int, default=2048, help="tokens of it")
     parser.add_argument("--max-kl", type=float, default=0.1, help="bound of the mean KL, in nats")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -135,12 +156,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.model} has no config.json: MODEL must be a checkpoint's directory.")
     if args.text and not args.text.is_file():
         parser.error(f"--text {args.text}: there is no such file.")
-    text = args.text.read_text() if args.text else default_text(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: args.length]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        report = measure(args.model, token_ids, dtype=getattr(torch, args.dtype), device=device)
+        tokenizer = AutoTokenizer.from_pretrained(weights_dir(args.model, args.base))
+        text = read_text(args.text, tokenizer) if args.text else default_text(args.model)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: args.length]
+        dtype = getattr(torch, args.dtype)
+        report = measure(args.model, ids, base=args.base, dtype=dtype, device=device)
     except ValueError as error:
         parser.error(str(error))
     print_report(report)

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from vllm_dms.config import DMSConfig
+from vllm_dms.retrofit.checkpoint import load_dms
+from vllm_dms.retrofit.controls import RandomEviction, window_only
 from vllm_dms.retrofit.determinism import deterministic
 from vllm_dms.retrofit.forward import forward
 from vllm_dms.retrofit.gates import Gate, hard, keep_all
 from vllm_dms.retrofit.losses import live_tokens
 
 from . import needles
-from .controls import RandomEviction, load_dms, window_only
 
 DEPTHS = 4  # bands of depth in the report
 

@@ -2,121 +2,33 @@
 
 import argparse
 import json
+import sys
+import time
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 
 from . import checkpoint, data
+from .arguments import build_parser
+from .card import card
 from .determinism import deterministic
+from .evaluation import arm_line
 from .plot import plot_log
+from .processes import Processes, joined
 from .recipe import Recipe
 from .trainer import LOG, STATE, Trainer
 
-HELP = {
-    "ratio": "final compression target",
-    "window": "tokens that are always visible",
-    "dialect": "adapter: extra weights, the base model is untouched; borrowed: a query channel",
-    "train": "decisions: only what decides; all: every weight",
-    "steps": "optimizer steps",
-    "batch": "rows a step",
-    "micro_batch": "rows a forward",
-    "length": "tokens a row",
-    "lr": "learning rate",
-    "ramp": "share of the run in which the target rises",
-    "penalty": "weight of the share that should have been evicted and was not",
-    "tau": "temperature of the gate",
-    "alpha_scale": "scale of the decision logit",
-    "alpha_offset": "offset of the decision logit",
-    "seed": "of batches and noise",
-}
+OK, MISSED, STOPPED = 0, 1, 130
+SUMMARY = "summary.json"
+SLACK = 0.9  # of the ratio that was asked for: less is a miss
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_dms.retrofit",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Turns a dense Qwen3 or Llama checkpoint into a DMS checkpoint in NVIDIA's "
-        "formats.",
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", type=Path, help="directory in Hugging Face format"
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help='.jsonl with a "text" per line, or plain text'
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="directory for the adapter, or the checkpoint with --merge; training/ holds the log",
-    )
-    for field in fields(Recipe):
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=field.type,
-            default=field.default,
-            help=HELP[field.name],
-        )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of the frozen weights while training "
-        "(default: bfloat16 on a GPU, float32 on a CPU or with --train all)",
-    )
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="write a whole checkpoint, not an adapter over MODEL (always so with --dialect "
-        "borrowed or --train all)",
-    )
-    parser.add_argument(
-        "--base-name",
-        metavar="NAME",
-        help="how the adapter names its base, such as Qwen/Qwen3-8B (default: MODEL's path)",
-    )
-    parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--recompute",
-        type=int,
-        metavar="LAYERS",
-        help="layers that keep little and compute the rest again for the gradients: less memory "
-        "(default: as many as this GPU needs)",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the same seed gives the same file on the same kind of GPU; without, attention's "
-        "gradients take less time, above all if --micro-batch times the query heads is less than "
-        "a GPU's multiprocessors",
-    )
-    parser.add_argument(
-        "--max-minutes",
-        type=float,
-        default=float("inf"),
-        help="finish within this time: schedules follow the clock where it runs ahead of the "
-        "steps, so the result depends on it",
-    )
-    parser.add_argument("--log-every", type=int, default=10, help="steps between log records")
-    parser.add_argument(
-        "--save-minutes", type=float, default=5.0, help="minutes between training states"
-    )
-    parser.add_argument(
-        "--eval-rows", type=int, default=4, help="rows of the data kept for the final evaluation"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from OUT/training, if there is a state"
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        with deterministic(args.deterministic):
-            retrofit(args)
+        with deterministic(args.deterministic), joined() as (processes, device):
+            return retrofit(args, processes, device)
     except ValueError as error:
         parser.error(str(error))
 
@@ -126,57 +38,119 @@ def merged(args: argparse.Namespace, recipe: Recipe) -> bool:
     return args.merge or recipe.dialect == "borrowed" or recipe.train == "all"
 
 
-def retrofit(args: argparse.Namespace) -> dict:
-    """The whole command; -> the final evaluation."""
-    from transformers import AutoTokenizer
-
+def retrofit(args: argparse.Namespace, processes: Processes, device: torch.device) -> int:
+    """The whole command; -> its exit code."""
+    started = time.monotonic()
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wide = recipe.train == "all" or device == "cpu"
+    wide = recipe.train == "all" or device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if wide else "bfloat16"))
     if recipe.train == "all" and dtype != torch.float32:
         raise ValueError(
             "--train all needs --dtype float32: bfloat16 weights swallow small updates."
         )
-    model = checkpoint.load_dense(args.model, dtype).to(device)
-    rows = data.load_rows(args.data, AutoTokenizer.from_pretrained(args.model), recipe.length)
+    work = args.out / "training"
+    if args.resume and not (work / STATE).is_file():
+        if (work / SUMMARY).is_file():
+            processes.say(f"{args.out} is finished: nothing to resume")
+            return OK
+        processes.say(f"{work / STATE} is not there: starting at step 0")
+    checkpoint.check_dense(args.model, recipe.length)
+    train_rows, eval_rows = load_data(args, recipe)
+    model = checkpoint.load_dense(args.model, dtype, recipe.length).to(device)
+    trainer = Trainer(
+        model, train_rows, recipe, work, recompute=args.recompute, processes=processes
+    )
+    processes.say(description(trainer, dtype))
+    if args.resume and (work / STATE).is_file():
+        trainer.resume()
+        processes.say(f"resumed at step {trainer.step}")
+    # What has passed counts, and so does what comes after the last step.
+    minutes = max(args.max_minutes - (time.monotonic() - started) / 60, 1e-9)
+    after = eval_rows.numel()
+    if not trainer.run(minutes, args.log_every, args.save_minutes, tokens_after=after):
+        processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
+        return STOPPED
+    if not processes.main:
+        return OK
+    result = trainer.evaluate(eval_rows)
+    write_result(args, trainer, result)
+    (work / STATE).unlink()
+    print(f"wrote {args.out}")
+    return report(recipe, result)
+
+
+def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> rows to train on, rows to judge by"""
+    from transformers import AutoTokenizer
+
+    data.check_source(args.data)
+    if args.eval_data:
+        data.check_source(args.eval_data, "--eval-data")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    most = recipe.steps * recipe.batch + args.eval_rows
+    rows = data.load_rows(args.data, tokenizer, recipe.length, most, args.split)
+    if args.eval_data:
+        held = data.load_rows(args.eval_data, tokenizer, recipe.length, args.eval_rows, args.split)
+        return rows, held[: args.eval_rows]
     if len(rows) <= args.eval_rows:
         raise ValueError(
             f"the data holds {len(rows)} rows of {recipe.length} tokens and --eval-rows takes "
             f"{args.eval_rows} of them: give more text."
         )
-    train_rows, eval_rows = rows[: len(rows) - args.eval_rows], rows[len(rows) - args.eval_rows :]
-    work = args.out / "training"
-    trainer = Trainer(model, train_rows, recipe, work, recompute=args.recompute)
-    print(
-        f"{len(train_rows)} rows of {recipe.length} tokens; "
-        f"{sum(p.numel() for p in trainer.trained.values())} trained parameters in "
-        f"{len(trainer.trained)} tensors"
+    return rows[: len(rows) - args.eval_rows], rows[len(rows) - args.eval_rows :]
+
+
+def description(trainer: Trainer, dtype: torch.dtype) -> str:
+    recipe, device, size = trainer.recipe, trainer.device, trainer.processes.size
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    layers = trainer.model.config.num_hidden_layers
+    trained = sum(p.numel() for p in trainer.trained.values())
+    return (
+        f"{where}{f' x {size}' if size > 1 else ''}, {str(dtype).removeprefix('torch.')}, "
+        f"{trainer.recompute} of {layers} layers recomputed\n"
+        f"{len(trainer.rows)} rows of {recipe.length} tokens, "
+        f"{recipe.steps * recipe.batch / len(trainer.rows):.2f} epochs in {recipe.steps} steps\n"
+        f"{trained} trained parameters in {len(trainer.trained)} tensors"
     )
-    if args.resume and (work / STATE).is_file():
-        trainer.resume()
-        print(f"resumed at step {trainer.step}")
-    trainer.run(args.max_minutes, args.log_every, args.save_minutes)
-    result = trainer.evaluate(eval_rows)
+
+
+def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> None:
+    model, recipe, work = trainer.model, trainer.recipe, trainer.work
+    save_dtype = getattr(torch, args.save_dtype)
+    if merged(args, recipe):
+        checkpoint.save_merged(model, trainer.dms, recipe.tau, args.model, args.out, save_dtype)
+    else:
+        base = args.base_name or str(args.model.resolve())
+        readme = card(base, recipe, args.data, trainer.step, result)
+        checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype, readme)
+    if not plot_log(work / LOG, work / "curves.png"):
+        print("no plot: matplotlib is not installed")
     summary = {
         "recipe": recipe.to_dict(),
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
         "evaluation": result,
     }
-    (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    save_dtype = getattr(torch, args.save_dtype)
-    if merged(args, recipe):
-        checkpoint.save_merged(model, trainer.dms, recipe.tau, args.model, args.out, save_dtype)
-    else:
-        base = args.base_name or str(args.model.resolve())
-        checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype)
-    if not plot_log(work / LOG, work / "curves.png"):
-        print("no plot: matplotlib is not installed")
-    print(json.dumps(result))
-    print(f"wrote {args.out}")
-    return result
+    (work / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def report(recipe: Recipe, result: dict) -> int:
+    """Says what was asked and what was reached; -> exit code."""
+    asked, reached = recipe.live_ratio(result["length"]), result["live_compression"]
+    print(
+        f"asked     ratio {recipe.ratio:g} outside a window of {recipe.window}: {asked:.2f}x live "
+        f"at {result['length']} tokens"
+    )
+    print(arm_line("reached", result))
+    # Not <: a NaN must fail.
+    if reached >= SLACK * asked and result["kl_mean"] < float("inf"):
+        return OK
+    print(
+        f"MISSED: {reached:.2f}x live is less than {SLACK:.0%} of {asked:.2f}x. Raise --lr (small "
+        "models need 2e-4 to 5e-4), --steps or --penalty."
+    )
+    return MISSED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

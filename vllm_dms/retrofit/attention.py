@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     key_gradient: Tile
 
 
-HOPPER = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
+HOPPER = Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
 SMALL = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 
 

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from vllm_dms.adapters import find_adapter_tensors, nvidia_keys, write_adapter
+from vllm_dms.adapters import (
+    adapted_config,
+    check_against_base,
+    find_adapter_tensors,
+    nvidia_keys,
+    read_adapter,
+    weights_dir,
+    write_adapter,
+)
 from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig
 
 # Everything else in a model directory that a server or a client reads.
@@ -28,26 +36,78 @@ TOKENIZER_FILES = (
 ROWS = "dms_rows"
 
 
-def load_dense(path: Path, dtype: torch.dtype) -> nn.Module:
-    """A dense Qwen3 or Llama model; refuses other architectures and checkpoints that have DMS."""
+def check_dense(path: Path, length: int) -> PretrainedConfig:
+    """Refuses other architectures, checkpoints that have DMS, and rows that are too long."""
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has no config.json: MODEL must be a directory in Hugging Face format."
         )
     config = AutoConfig.from_pretrained(path)
+    if any(key.startswith("dms_") for key in config.to_dict()):
+        raise ValueError(f"{path} is a DMS checkpoint already: start from the dense model.")
     names = config.architectures or []
     if not any(n in SUPPORTED_ARCHITECTURES for n in names):
         raise ValueError(
             f"architectures is {names}: the retrofit knows {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
-    if any(key.startswith("dms_") for key in config.to_dict()):
-        raise ValueError(f"{path} is a DMS checkpoint already: start from the dense model.")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"{path} has sliding-window layers: they have no use for DMS. Use a full-attention "
             "model."
         )
+    positions = config.max_position_embeddings
+    if length > positions:
+        raise ValueError(
+            f"--length is {length}, but the model knows {positions} positions: give at most "
+            f"--length {positions}."
+        )
+    return config
+
+
+def load_dense(path: Path, dtype: torch.dtype, length: int = 1) -> nn.Module:
+    check_dense(path, length)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def load_dms(
+    path: Path, dtype: torch.dtype, base: Path | None = None
+) -> tuple[nn.Module, DMSConfig]:
+    """A whole checkpoint, or an adapter's directory and its base (default: the one it names), with
+    adapter weights where `forward` looks for them."""
+    base = weights_dir(path, base)
+    raw, adapter = json.loads((base / "config.json").read_text()), None
+    if base != path:
+        adapter = read_adapter(path)
+        check_against_base(adapter, raw)
+        raw = adapted_config(adapter, raw)
+    dms = DMSConfig.from_checkpoint(raw)
+    if dms is None:
+        raise ValueError(f"{path} has no dms_* keys in config.json: it is not a DMS checkpoint.")
+    name = next(a for a in SUPPORTED_ARCHITECTURES if raw["architectures"][0].startswith(a))
+    config = AutoConfig.from_pretrained(base, architectures=[name])
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
+    if dms.adapter:
+        _add_adapters(model)
+        found = adapter.tensors if adapter else _dms_weights(path)
+        missing, _ = model.load_state_dict(found, strict=False)
+        absent = [name for name in missing if "dms_" in name]
+        if absent:
+            raise ValueError(
+                f"{path} lacks weights that its config.json promises: {', '.join(absent)}."
+            )
+        model.to(dtype)
+    return model, dms
+
+
+def _dms_weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    found = {}
+    for shard in sorted(path.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            names = [name for name in tensors.keys() if "dms_" in name]  # noqa: SIM118 - no dict
+            found |= {name: tensors.get_tensor(name) for name in names}
+    return found
 
 
 def _add_adapters(model: nn.Module) -> None:

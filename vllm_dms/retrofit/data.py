@@ -1,59 +1,149 @@
-"""Training text: a file becomes rows of exactly `length` token ids, shuffled by seed."""
+"""Training text: documents become rows of exactly `length` token ids, shuffled by seed.
+
+A source is a file (.jsonl, .json, .parquet, or plain text) or the name of a Hugging Face dataset,
+which is streamed. A record has a "text", or "messages" that go through the tokenizer's chat
+template.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
+TEXT, MESSAGES = "text", "messages"
+BATCH = 64  # documents that are tokenized at a time
+PIECE = 100_000  # characters; a longer document is tokenized in pieces
+REPORT_SECONDS = 5.0
 
-def read_texts(path: Path) -> Iterator[str]:
-    """.jsonl: the "text" of each line; any other suffix: the whole file as one text."""
-    if not path.is_file():
-        raise ValueError(f"--data {path}: there is no such file.")
-    if path.suffix != ".jsonl":
+
+def check_source(source: str, flag: str = "--data") -> None:
+    """Refuses what can't be read, before anything slow happens."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".parquet":
+            _library("pyarrow", f"{flag} {source}")
+        return
+    if path.suffix or path.exists() or source.count("/") > 1:
+        raise ValueError(f"{flag} {source}: there is no such file.")
+    _library("datasets", f"{flag} {source} is no file, so it is taken for a Hugging Face dataset,")
+
+
+def _library(name: str, what: str):
+    try:
+        return __import__(name)
+    except ImportError:
+        raise ValueError(f"{what} needs the package {name}: pip install {name}.") from None
+
+
+def read_texts(source: str | Path, tokenizer=None, split: str = "train") -> Iterator[str]:
+    """The documents of a source; plain text is one. tokenizer: for records with messages."""
+    path = Path(source)
+    if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
         yield path.read_text()
         return
-    with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with a string "text".'
-                )
-            yield record["text"]
+    for number, record in enumerate(_records(path, str(source), split), 1):
+        yield document(record, f"{source}, record {number}", tokenizer)
 
 
-def pack(documents: Iterable[list[int]], length: int, eos: int) -> torch.Tensor:
-    """Token lists -> int32 (rows, length): documents cut and joined by eos; an unfinished last row
-    is dropped.
+def _records(path: Path, name: str, split: str) -> Iterator[object]:
+    if path.suffix == ".jsonl":
+        with path.open() as lines:
+            yield from (json.loads(line) for line in lines if line.strip())
+    elif path.suffix == ".json":
+        found = json.loads(path.read_text())
+        yield from found if isinstance(found, list) else [found]
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for group in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from group.to_pylist()
+    else:
+        import datasets
+
+        yield from datasets.load_dataset(name, split=split, streaming=True)
+
+
+def document(record: object, where: str, tokenizer) -> str:
+    if isinstance(record, dict) and isinstance(record.get(TEXT), str):
+        return record[TEXT]
+    if isinstance(record, dict) and isinstance(record.get(MESSAGES), list):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f'{where} has "{MESSAGES}", but the tokenizer has no chat template: give '
+                f'documents with "{TEXT}".'
+            )
+        return tokenizer.apply_chat_template(record[MESSAGES], tokenize=False)
+    raise ValueError(
+        f'{where}: expected a JSON object with a string "{TEXT}" or a list "{MESSAGES}".'
+    )
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut before lines, where tokenizers cut as well."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = re.compile(r"\n(?=\S)").search(text, start + PIECE)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def tokenize(texts: Iterable[str], tokenizer) -> Iterator[np.ndarray]:
+    """int32 ids of each document; says how far it is when it takes long."""
+    count, said = 0, time.monotonic()
+    texts = iter(texts)
+    while group := list(islice(texts, BATCH)):
+        parts = [list(pieces(text)) for text in group]
+        flat = [piece for part in parts for piece in part]
+        ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False).input_ids)
+        for part in parts:
+            found = [np.asarray(x, dtype=np.int32) for x in islice(ids, len(part))]
+            count += sum(map(len, found))
+            yield np.concatenate(found)
+        if time.monotonic() - said > REPORT_SECONDS:
+            said = time.monotonic()
+            print(f"read {count:,} tokens", flush=True)
+
+
+def pack(
+    documents: Iterable[Sequence[int] | np.ndarray], length: int, eos: int, most: int | None = None
+) -> torch.Tensor:
+    """Token ids -> int32 (rows, length), at most `most` rows: documents cut and joined by eos; an
+    unfinished last row is dropped.
 
     A document of exactly `length` tokens that starts a row fills it alone.
     """
-    rows, row = [], []
+    rows, rest, count = [], np.empty(0, np.int32), 0
     for ids in documents:
-        if row:
-            row.append(eos)
-        row.extend(ids)
-        while len(row) >= length:
-            rows.append(row[:length])
-            row = row[length:]
-    if not rows:
+        joint = [eos] if len(rest) else []
+        flat = np.concatenate((rest, np.asarray(joint, np.int32), np.asarray(ids, np.int32)))
+        whole = len(flat) // length
+        rows.append(flat[: whole * length].reshape(whole, length))
+        rest, count = flat[whole * length :].copy(), count + whole
+        if most is not None and count >= most:
+            break
+    if not count:
         raise ValueError(
             f"the data holds less than one row of {length} tokens: give more text or a lower "
             "--length."
         )
-    return torch.tensor(rows, dtype=torch.int32)
+    return torch.from_numpy(np.concatenate(rows)[:most])
 
 
-def load_rows(path: Path, tokenizer, length: int) -> torch.Tensor:
-    """int32 (rows, length)"""
+def load_rows(
+    source: str | Path, tokenizer, length: int, most: int, split: str = "train"
+) -> torch.Tensor:
+    """int32 (rows, length). most: rows that are read of a stream; a file is read to its end."""
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    texts = read_texts(path)
-    documents = (
-        tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts
-    )
-    return pack(documents, length, eos)
+    documents = tokenize(read_texts(source, tokenizer, split), tokenizer)
+    return pack(documents, length, eos, None if Path(source).is_file() else most)
 
 
 def batch(rows: torch.Tensor, step: int, size: int, seed: int) -> torch.Tensor:

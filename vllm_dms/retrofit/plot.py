@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def plot_log(log: Path, png: Path) -> bool:
-    """False: matplotlib is not installed, nothing was drawn."""
+    """False: matplotlib is not installed. Of an empty log there is nothing to draw."""
     try:
         import matplotlib
     except ImportError:
@@ -14,6 +14,8 @@ def plot_log(log: Path, png: Path) -> bool:
     from matplotlib import pyplot as plt
 
     records = [json.loads(line) for line in log.read_text().splitlines()]
+    if not records:
+        return True
     steps = [r["step"] for r in records]
     figure, (loss, ratio, heads) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     loss.plot(steps, [r["kl"] for r in records], label="KL to the teacher")

@@ -63,6 +63,11 @@ class Recipe:
             nominal_ratio=self.ratio,
         )
 
+    def live_ratio(self, tokens: int) -> float:
+        """Dense over live tokens after so many, the window included, if the target is met."""
+        recent = min(tokens, self.window + 1)
+        return tokens / (recent + (tokens - recent) / self.ratio)
+
     def target_ratio(self, progress: float) -> float:
         """Linear from 1 to the final ratio over the ramp."""
         return 1 + (self.ratio - 1) * min(progress / self.ramp, 1.0)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from . import data
 from .checkpoint import prepare
+from .evaluation import Evaluation
 from .forward import forward
-from .gates import GumbelSigmoid, hard
-from .losses import forward_kl, live_compression
+from .gates import GumbelSigmoid
+from .losses import forward_kl, live_tokens
 from .memory import layers_to_recompute
+from .processes import Processes
+from .progress import Progress, asked_to_stop
 from .recipe import Recipe
 
 STATE, LOG = "state.pt", "log.jsonl"
@@ -33,7 +35,16 @@ class Trainer:
         work: Path,
         *,
         recompute: int | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes()
+        num_micro = recipe.batch // recipe.micro_batch
+        if num_micro % self.processes.size:
+            raise ValueError(
+                f"--batch {recipe.batch} is {num_micro} forwards of --micro-batch "
+                f"{recipe.micro_batch}, which {self.processes.size} processes can't share evenly: "
+                "give another --batch or --micro-batch."
+            )
         self.model, self.rows, self.recipe, self.work = model, rows, recipe, work
         self.dms = recipe.dms()
         # With the base frozen and no channel borrowed, the student without its mask is the teacher.
@@ -78,6 +89,12 @@ class Trainer:
                 self.trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+        # A run that was killed has logged steps after its last state, and takes them again.
+        if not self.processes.main:
+            return
+        log = self.work / LOG
+        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(x for x in lines if json.loads(x)["step"] < self.step))
 
     def run(
         self,
@@ -85,33 +102,49 @@ class Trainer:
         log_every: int = 10,
         save_minutes: float = 5.0,
         stop_after: int | None = None,
-    ) -> None:
-        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that."""
-        log = (self.work / LOG).open("a" if self.step else "w")
+        tokens_after: int = 0,
+    ) -> bool:
+        """Trains to the last step, or `max_minutes` long: schedules are squeezed into that. Time is
+        left for `tokens_after` more tokens at the speed of training.
+
+        False: SIGINT or SIGTERM came, and the state is saved after the step that it found."""
+        main = self.processes.main
+        log = (self.work / LOG).open("a" if self.step else "w") if main else None
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        bar = tqdm(total=self.recipe.steps, initial=self.step, desc="retrofit", mininterval=5)
-        while self.step < self.recipe.steps and self.step != stop_after:
-            self.seconds = time.monotonic() - started
-            progress = max(self.step / self.recipe.steps, self.seconds / (60 * max_minutes))
-            if progress >= 1:
-                break
-            record = self.train_step(progress, with_record=self.step % log_every == 0)
-            if record:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.set_postfix(
-                    kl=f"{record['kl']:.4f}",
-                    target=f"{record['target_ratio']:.2f}",
-                    live=f"{record['live_compression']:.2f}",
-                )
-            self.step += 1
-            bar.update()
-            if time.monotonic() - saved > 60 * save_minutes:
-                self.save_state()
-                saved = time.monotonic()
-        bar.close()
-        log.close()
-        self.save_state()
+        progress = Progress(self.recipe, self.step, self.device)
+        stopped = 0.0
+        with asked_to_stop() as received:
+            while self.step < self.recipe.steps and self.step != stop_after:
+                self.seconds = time.monotonic() - started
+                after = tokens_after * self.seconds_a_token()
+                clock = (self.seconds + after) / (60 * max_minutes)
+                # Processes must take the same steps: the clocks and signals of all of them count.
+                clock, stopped = self.processes.agree(clock, float(bool(received)))
+                share = max(self.step / self.recipe.steps, clock)
+                if share >= 1:
+                    self.processes.say(
+                        f"--max-minutes is over at step {self.step} of {self.recipe.steps}"
+                    )
+                if share >= 1 or stopped:
+                    break
+                record = self.train_step(share, with_record=self.step % log_every == 0)
+                if record and log:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    progress.show(record)
+                self.step += 1
+                if main and time.monotonic() - saved > 60 * save_minutes:
+                    self.save_state()
+                    saved = time.monotonic()
+        self.seconds = time.monotonic() - started
+        if log:
+            log.close()
+            self.save_state()
+        return not stopped
+
+    def seconds_a_token(self) -> float:
+        tokens = self.step * self.recipe.batch * self.recipe.length
+        return self.seconds / tokens if tokens else 0.0
 
     def train_step(self, progress: float, with_record: bool) -> dict | None:
         """One optimizer step; -> a log record, if asked for (it costs a device sync)."""
@@ -119,22 +152,34 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(progress)
         batch = data.batch(self.rows, self.step, recipe.batch, recipe.seed).to(self.device)
-        num_micro = recipe.batch // recipe.micro_batch
-        kls, evicts = [], []
-        for index, ids in enumerate(batch.split(recipe.micro_batch)):
+        parts = list(batch.split(recipe.micro_batch))
+        total = 0.0
+        for index, ids in self.processes.share(parts):
             seed = (recipe.seed * 1_000_003 + self.step) * 64 + index
             kl, evict = self.student_loss(ids, GumbelSigmoid(recipe.tau, seed))
             shortfall = (recipe.target_share(progress) - evict.mean()).clamp_min(0)
-            ((kl + recipe.penalty * shortfall) / num_micro).backward()
-            kls.append(kl.detach())
-            evicts.append(evict.detach())
+            ((kl + recipe.penalty * shortfall) / len(parts)).backward()
+            total = total + self.figures(kl.detach(), evict.detach()) / len(parts)
+        self.processes.add(p.grad for p in self.trained.values() if p.grad is not None)
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not with_record:
             return None
-        kl, evict = torch.stack(kls).mean().item(), torch.cat(evicts, dim=1)
-        share = evict.mean().item()
+        self.processes.add([total])
+        return self.record(progress, total)
+
+    def figures(self, kl: torch.Tensor, evict: torch.Tensor) -> torch.Tensor:
+        """kl (), evict (L, B, H, T) -> what a log record averages: KL, live tokens, share evicted
+        of each layer and head."""
+        live = live_tokens(evict, self.recipe.window, self.dms.shift).mean()
+        return torch.cat((torch.stack((kl.float(), live)), evict.mean((1, 3)).flatten()))
+
+    def record(self, progress: float, figures: torch.Tensor) -> dict:
+        recipe = self.recipe
+        kl, live, *_ = figures.tolist()
+        rates = figures[2:].view(self.model.config.num_hidden_layers, -1)
+        share = rates.mean().item()
         penalty = recipe.penalty * max(recipe.target_share(progress) - share, 0.0)
         return {
             "step": self.step,
@@ -145,10 +190,8 @@ class Trainer:
             "penalty": penalty,
             "share_evicted": share,
             "target_ratio": recipe.target_ratio(progress),
-            "live_compression": live_compression(evict, recipe.window, self.dms.shift),
-            "per_head_evicted": [
-                [round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()
-            ],
+            "live_compression": recipe.length / live,
+            "per_head_evicted": [[round(r, 4) for r in layer] for layer in rates.tolist()],
         }
 
     def student_loss(self, ids: torch.Tensor, gate) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,32 +203,13 @@ class Trainer:
             kl = forward_kl(student.hidden, teacher, self.model.lm_head, self.teacher.lm_head)
         return kl.mean(), student.evict
 
-    @torch.no_grad()
     def evaluate(self, rows: torch.Tensor) -> dict:
         """The decisions as they are served, on rows (N, T) not trained on."""
-        kls, matches, evicts = [], [], []
-        for ids in rows.long().to(self.device).split(1):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                teacher = (
-                    self.teacher.lm_head(forward(self.teacher, ids, None).hidden)
-                    .float()
-                    .log_softmax(-1)
-                )
-                output = forward(self.model, ids, self.dms, hard)
-                student = self.model.lm_head(output.hidden).float().log_softmax(-1)
-            # Before anything can have been evicted the two agree by construction.
-            teacher, student = (x[:, self.recipe.window + 1 :] for x in (teacher, student))
-            kls.append((teacher.exp() * (teacher - student)).sum(-1).flatten())
-            matches.append((teacher.argmax(-1) == student.argmax(-1)).flatten())
-            evicts.append(output.evict)
-        kl, evict = torch.cat(kls), torch.cat(evicts, dim=1)
-        return {
-            "rows": len(rows),
-            "kl_mean": kl.mean().item(),
-            "kl_max": kl.max().item(),
-            "top1_agreement": torch.cat(matches).float().mean().item(),
-            "live_compression": live_compression(evict, self.recipe.window, self.dms.shift),
-            "per_head_evicted": [
-                [round(r, 4) for r in layer] for layer in evict.mean((1, 3)).tolist()
-            ],
-        }
+        return Evaluation(
+            self.model,
+            self.dms,
+            rows,
+            lambda ids: forward(self.teacher, ids, None).hidden,
+            self.teacher.lm_head,
+            self.autocast,
+        ).served()

@@ -1,0 +1,109 @@
+"""What a run says and how it ends: by its target, by a signal, by the clock."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from retrofit_runs import dense, run  # noqa: F401 - dense is a fixture
+
+from vllm_dms.retrofit import __main__ as cli
+from vllm_dms.retrofit import evaluation
+from vllm_dms.retrofit.recipe import Recipe
+from vllm_dms.retrofit.trainer import Trainer
+
+
+def test_a_run_says_what_was_asked_and_reached(dense, tmp_path, capsys):  # noqa: F811
+    source = dense("qwen3", attention_bias=False)
+    assert run(source, tmp_path, form=()) == cli.OK
+    said = capsys.readouterr().out
+    assert "step 1/12" in said and "tokens/s" in said and "left" in said
+    # 48 tokens, 7 in the window: 48 / (7 + 41 / 2)
+    assert "asked     ratio 2 outside a window of 6: 1.75x live at 48 tokens" in said
+    assert "reached          live" in said
+    assert not (tmp_path / "training" / "state.pt").exists()
+    assert "| 48 |" in (tmp_path / "README.md").read_text()
+    assert run(source, tmp_path, "--resume", form=()) == cli.OK
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_missed_ratio_is_an_exit_code(dense, tmp_path, capsys):  # noqa: F811
+    missed = run(dense("qwen3", attention_bias=False), tmp_path, "--lr", "1e-9")
+    assert missed == cli.MISSED and "MISSED: 1.00x live" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(
+    dense,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    source = dense("qwen3", attention_bias=False)
+    step = Trainer.train_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert run(source, tmp_path) == cli.STOPPED
+    assert signal.getsignal(signal.SIGINT) is before
+    log = tmp_path / "training" / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 4
+    with log.open("a") as more:  # as if it had been killed later, after its last state
+        more.write(json.dumps({"step": 4}) + "\n")
+    assert run(source, tmp_path, "--resume") == cli.OK
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == list(range(12))
+
+
+def test_no_time_is_no_step(dense, tmp_path, capsys):  # noqa: F811
+    """Loading alone takes longer, so there is nothing left to train in."""
+    source = dense("qwen3", attention_bias=False)
+    assert run(source, tmp_path, "--max-minutes", "1e-5") == cli.MISSED
+    assert "--max-minutes is over at step 0 of 12" in capsys.readouterr().out
+
+
+def test_time_is_left_for_the_evaluation(dense, tmp_path):  # noqa: F811
+    """After the first steps it is known that an evaluation this long would not fit."""
+    from vllm_dms.retrofit.checkpoint import load_dense
+
+    recipe = Recipe(ratio=2, window=6, length=48, steps=10_000, batch=1)
+    model = load_dense(dense("qwen3", attention_bias=False), torch.float32)
+    trainer = Trainer(model, torch.ones(1, 48, dtype=torch.int32), recipe, tmp_path)
+    trainer.run(0.1, tokens_after=10**9)
+    assert 0 < trainer.step <= 2
+
+
+def test_live_ratio_counts_the_window():
+    recipe = Recipe(ratio=4, window=9, length=20)
+    assert recipe.live_ratio(8) == 1
+    assert recipe.live_ratio(50) == pytest.approx(50 / (10 + 40 / 4))
+
+
+def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811
+    source = dense("llama", attention_bias=False)
+    run(source, tmp_path / "adapter", form=())
+    out = tmp_path / "report.json"
+    paths = [tmp_path / "adapter", "--base", source, "--data", source / "text.txt", "--out", out]
+    settings = ["--length", "48", "--controls", "--dtype", "float32"]
+    evaluation.main([*map(str, paths), *settings])
+    arms = json.loads(out.read_text())["arms"]
+    live = [arm["live_compression"] for arm in arms.values()]
+    assert list(arms) == ["dms", "random eviction", "window only"] and live[0] > 1.3
+    assert all(abs(x / live[0] - 1) < 0.1 for x in live)
+    assert set(arms["dms"]["at_length"]) == {"12", "24", "48"}
+
+
+def test_compare_is_the_kl_of_whole_logits(monkeypatch):
+    monkeypatch.setattr(evaluation, "TOKEN_CHUNK", 3)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 5)
+    heads = [torch.nn.Linear(5, 11) for _ in range(2)]
+    kl, same = evaluation.compare(student, teacher, *heads)
+    guess, truth = (h(x).log_softmax(-1) for h, x in zip(heads, (student, teacher), strict=True))
+    torch.testing.assert_close(kl, (truth.exp() * (truth - guess)).sum(-1))
+    assert torch.equal(same, guess.argmax(-1) == truth.argmax(-1))

@@ -1,0 +1,120 @@
+"""The command line of `python -m vllm_dms.retrofit`."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from .recipe import Recipe
+
+HELP = {
+    "ratio": "final compression target",
+    "window": "tokens that are always visible",
+    "dialect": "adapter: extra weights, the base model is untouched; borrowed: a query channel of "
+    "each KV head, which attention loses at once (on a small model a KL of 0.2)",
+    "train": "decisions: only what decides; all: every weight",
+    "steps": "optimizer steps",
+    "batch": "rows a step",
+    "micro_batch": "rows a forward",
+    "length": "tokens a row",
+    "lr": "learning rate; below about 1B parameters 2e-4 to 5e-4 work, and less evicts nothing",
+    "ramp": "share of the run in which the target rises",
+    "penalty": "weight of the share that should have been evicted and was not",
+    "tau": "temperature of the gate",
+    "alpha_scale": "scale of the decision logit",
+    "alpha_offset": "offset of the decision logit",
+    "seed": "of batches and noise",
+}
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        no_default = action.required or action.default is None
+        return action.help if no_default else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_dms.retrofit",
+        formatter_class=Defaults,
+        description="Trains a dense Qwen3 or Llama checkpoint to decide what it can forget.",
+        epilog="exit code 1: the ratio was missed; 130: stopped by a signal, --resume goes on",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="directory in Hugging Face format"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help='.jsonl, .json or .parquet of records with "text" or "messages", plain text, or the '
+        "name of a Hugging Face dataset, which is streamed",
+    )
+    parser.add_argument(
+        "--eval-data", help="as --data, for the final evaluation (default: the end of --data)"
+    )
+    parser.add_argument("--split", default="train", help="of a Hugging Face dataset")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for the adapter, or the checkpoint with --merge; training/ holds the log",
+    )
+    for field in fields(Recipe):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=field.type,
+            default=field.default,
+            help=HELP[field.name],
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the frozen weights while training "
+        "(default: bfloat16 on a GPU, float32 on a CPU or with --train all)",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write a whole checkpoint, not an adapter over MODEL (always so with --dialect "
+        "borrowed or --train all)",
+    )
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="how the adapter names its base, such as Qwen/Qwen3-8B (default: MODEL's path)",
+    )
+    parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--recompute",
+        type=int,
+        metavar="LAYERS",
+        help="layers that keep little and compute the rest again for the gradients: less memory "
+        "(default: as many as this GPU needs)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the same seed gives the same file on the same kind of GPU; without, attention's "
+        "gradients take less time, above all if --micro-batch times the query heads is less than "
+        "a GPU's multiprocessors",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        help="finish within this time: schedules follow the clock where it runs ahead of the "
+        "steps, so the result depends on it",
+    )
+    parser.add_argument("--log-every", type=int, default=10, help="steps between log records")
+    parser.add_argument(
+        "--save-minutes", type=float, default=5.0, help="minutes between training states"
+    )
+    parser.add_argument(
+        "--eval-rows", type=int, default=4, help="rows kept, or read of --eval-data, to judge by"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from OUT/training, if there is a state"
+    )
+    return parser

@@ -203,8 +203,12 @@ def mismatches(ours: Symbol, theirs: Symbol) -> list[str]:
 
 def _constructor_mismatches(mine: Signature, other: Signature) -> list[str]:
     """Who calls a constructor knows which class it is of, and may leave out what is optional."""
-    required = [p.name for p in other.parameters if not p.optional]
-    unknown = [name for name in required if not mine.named(name) and not mine.more_names]
+    unknown = [
+        p.name
+        for p in other.parameters
+        if not (p.optional or mine.named(p.name) or mine.more_names)
+        and not (p.by_position and mine.more_positions)
+    ]
     return [f"{name} can't be given" for name in unknown] + _not_passed(mine, other)
 
 

@@ -41,8 +41,8 @@ test_version() { # VERSION
     elif ! sources=$("$python" scripts/vllm_sources.py "$1"); then
         failed+=("sources of vLLM $1")
     else
-        PYTHONPATH=$sources "$python" -m pytest -q -m "not slow" \
-            "${ignored[@]}" || failed+=("vLLM $1")
+        PYTHONPATH=$sources "$python" -m pytest -q -m "not slow" "${ignored[@]}" ||
+            failed+=("vLLM $1")
     fi
 }
 

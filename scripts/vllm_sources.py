@@ -13,6 +13,7 @@ Prints DIR. Ends with status 3, and says why, if the wheel can't be downloaded.
 import argparse
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,9 @@ def get(version: str, out_dir: Path | None = None) -> Path:
     installed = installed_for_cpu()
     stamp, complete = out_dir / ".complete", f"{version} {installed}\n"
     if not stamp.exists() or stamp.read_text() != complete:
-        if out_dir.exists() and any(out_dir.iterdir()):
+        if stamp.exists():  # of another environment
+            shutil.rmtree(out_dir)
+        elif out_dir.exists() and any(out_dir.iterdir()):
             raise SystemExit(f"sources: {out_dir} has other files; remove it, then this again")
         say(f"the Python files of vLLM {version} (a wheel of 330 MB)")
         with tempfile.TemporaryDirectory() as folder:

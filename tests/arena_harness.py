@@ -5,7 +5,7 @@ import torch
 from vllm_dms import reference
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
-from vllm_dms.backend.torch_pages import find_pages, locate_slots
+from vllm_dms.backend.torch_pages import as_bytes, find_pages, locate_slots
 from vllm_dms.config import DMSConfig
 
 
@@ -58,26 +58,41 @@ class Harness:
     random, and a feed of batches."""
 
     def __init__(
-        self, make_ops, config, layout: ArenaLayout, num_seqs=4, max_tokens=512, device="cpu"
+        self,
+        make_ops,
+        config,
+        layout: ArenaLayout,
+        num_seqs=4,
+        max_tokens=512,
+        device="cpu",
+        state=None,
     ):
-        """``make_ops(state, scratch, config, scale)``, as `TorchOps`"""
+        """``make_ops(state, scratch, config, scale)``, as `TorchOps`; ``state``: another arena, of
+        which the last blocks are handed out."""
         self.layout, self.device = layout, device
+        self.state = state or self._poisoned_state(num_seqs)
+        self.scratch = allocate_scratch(layout, max_tokens, device)
+        self.scale = layout.head_dim**-0.5
+        self.ops = make_ops(self.state, self.scratch, config, self.scale)
+        self.spread = lambda tensor: tensor  # where inputs and outputs lie
+        needed = num_seqs * layout.max_blocks_per_request
+        free = torch.randperm(needed, generator=torch.Generator().manual_seed(1))
+        free += self.state.num_blocks - needed
+        self.rows = free.view(num_seqs, -1).int().to(device)
+
+    def _poisoned_state(self, num_seqs):
+        layout = self.layout
         num_blocks = 1 + num_seqs * layout.max_blocks_per_request
-        storage = torch.full(
-            (num_blocks * layout.block_bytes,), 0, dtype=torch.uint8, device=device
-        )
-        self.state = state = allocate_state(storage, layout, num_blocks, num_seqs)
+        kind = {"dtype": torch.uint8, "device": self.device}
+        storage = torch.zeros(num_blocks * layout.block_bytes, **kind)
+        state = allocate_state(storage, layout, num_blocks, num_seqs)
         storage[layout.block_bytes :] = 0xFF  # NaN in every float format; block 0 is nobody's
         state.live[1:] = 12345
         state.page_table[1:, ..., : layout.leaf_size] = num_blocks * layout.pages_per_block - 1
         state.page_table[1:, ..., layout.leaf_size :] = len(state.leaves) - 1
         state.leaves[layout.leaves_per_block :] = num_blocks * layout.pages_per_block - 1
         state.evict_ring[1:] = 0xAA
-        self.scratch = allocate_scratch(layout, max_tokens, device)
-        self.scale = layout.head_dim**-0.5
-        self.ops = make_ops(state, self.scratch, config, self.scale)
-        free = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
-        self.rows = free.view(num_seqs, -1).int().to(device)
+        return state
 
     def start(self, index: int) -> None:
         """Give request ``index`` (0-based) its state and all blocks it could need."""
@@ -94,7 +109,7 @@ class Harness:
 
         def gather(name):
             pieces = [getattr(s, name)[p] for (_, s, _), p in zip(work, parts, strict=True)]
-            return torch.cat(pieces)
+            return self.spread(torch.cat(pieces))
 
         query, key, value, alpha = (gather(n) for n in ("query", "key", "value", "alpha"))
         batch = self.make_batch(work, padding)
@@ -102,11 +117,11 @@ class Harness:
         for layer in layers or range(self.layout.num_layers):
             self.scratch.evict.fill_(0xFF)
             self.scratch.num_survivors.fill_(-(2**30))
-            output = torch.full_like(query, float("nan"))
+            output = self.spread(torch.full_like(query, float("nan")))
             self.run_layer(batch, layer, query, key, value, alpha, output)
         offset = 0
         for _, seq, count in work:
-            seq.outputs.append(output[offset : offset + count])
+            seq.outputs.append(output[offset : offset + count].clone())
             seq.stored += count
             offset += count
 
@@ -154,7 +169,9 @@ def gather_row(state, index, layer, head):
     """The live slots of a row as stored, wherever their pages are: K, V and their scales."""
     slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
     pages, offsets = locate_slots(state, index, layer, torch.full_like(slots, head), slots)
-    return [part.float()[pages, offsets] for part in state.pages]
+    parts = [part for part in state.pages if part.numel()]
+    rows = (as_bytes(part)[pages, offsets].view(part.dtype) for part in parts)
+    return [row.float() for row in rows]
 
 
 def assert_taken_from_own_blocks(harness, num_seqs):

@@ -5,8 +5,9 @@ because a process either interprets kernels or compiles them.
 
 STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row, which
 has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of a
-thread, the bytes of a thread's stack, where what does not fit in registers would go, and the bytes
-of a program's shared memory.
+thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of a
+program's shared memory, and how often it accesses memory before it waits for the kernel before it
+(null: it doesn't).
 """
 
 import json
@@ -55,14 +56,16 @@ class NoGPU:
 
 
 def usage(kernel):
-    """Registers and bytes of stack of a thread, bytes of shared memory"""
+    """Registers and bytes of stack of a thread, bytes of shared memory, accesses before the wait"""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [TOOLS / "cuobjdump", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     of_thread = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return [*map(int, of_thread), kernel.metadata.shared]
+    before, wait, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+    early = len(re.findall(r"\b(?:ld|st|atom|red)\.global", before)) if wait else None
+    return [*map(int, of_thread), kernel.metadata.shared, early]
 
 
 def run_all(storage, head_dim, group, overlap, page_size, max_pages):

@@ -32,13 +32,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tuning(decode_block=16, programs=5, prefill_rows=16, prefill_block=16, copy_block=8)
 
 
-def make_kernels(state, scratch, config, scale, group, tuning=SMALL, max_num_seqs=8) -> TritonOps:
-    layout = state.layout
+def make_kernels(
+    state, scratch, config, scale, group, tuning=SMALL, max_num_seqs=8, overlap=None
+) -> TritonOps:
+    """What `Harness` asks for, once the rest is bound; ``overlap``: None, as the device can."""
+    layout, device = state.layout, torch.device(state.live.device)
     tuning = tuning or default_tuning(layout)
     heads = group * layout.num_kv_heads
-    device = torch.device(state.live.device)
     schedule = allocate_schedule(layout, max_num_seqs, heads, tuning, device)
-    return TritonOps(state, scratch, config, scale, schedule, tuning, can_overlap(device))
+    overlap = can_overlap(device) if overlap is None else overlap
+    return TritonOps(state, scratch, config, scale, schedule, tuning, overlap)
 
 
 def fp8_exact(x: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """The audit of another vLLM, on small sources of a host and of a plugin."""
 
 import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import audit_vllm
+import vllm_sources
 from plugin_hooks import Plugin
 from source_tree import SourceTree
 
@@ -173,3 +176,41 @@ def test_hooks_overrides_and_imports_are_compared(trees, monkeypatch):
     assert base.where == "vllm_dms/parts.py:7"
     text = audit_vllm.report("1 to 2", {"imports": imports}, ["a wrong one"])
     assert "| imports | 4 | 3 | 0 | 0 |" in text and "- a wrong one" in text
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """In place of the one on PyPI, beside an installed vLLM for CPU with one compiled part."""
+    path, installed = tmp_path / "vllm-9.9.9.whl", tmp_path / "installed" / "vllm"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("vllm/__init__.py", "vllm/table.json", "vllm/_C.so", "other/x.py"):
+            archive.writestr(name, "of the wheel")
+    write(installed, {"_C.so": "of the CPU"})
+    monkeypatch.setattr(vllm_sources, "installed_for_cpu", lambda: installed)
+    monkeypatch.setattr(vllm_sources, "download", lambda version, folder: path)
+    return path
+
+
+def test_sources_of_a_version_are_importable_over_the_installed_compiled_parts(
+    tmp_path, wheel, monkeypatch
+):
+    out = vllm_sources.get("9.9.9", tmp_path / "out")
+    files = {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
+    info = "vllm-9.9.9+cpu.dist-info/METADATA"
+    assert files == {"vllm/__init__.py", "vllm/table.json", "vllm/_C.so", info, ".complete"}
+    assert (out / "vllm" / "_C.so").read_text() == "of the CPU"
+    assert "Version: 9.9.9+cpu" in (out / info).read_text()
+    wheel.unlink()
+    assert vllm_sources.get("9.9.9", out) == out  # without another download
+    other = write(tmp_path / "other", {"mine.txt": ""})
+    with pytest.raises(SystemExit, match="other files; remove it"):
+        vllm_sources.get("9.9.9", other)
+
+
+def test_a_machine_without_a_registry_is_told_so(monkeypatch, tmp_path, capsys):
+    failed = SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching one\n")
+    monkeypatch.setattr(vllm_sources.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(SystemExit) as stop:
+        vllm_sources.get("9.9.9", tmp_path / "out")
+    assert stop.value.code == vllm_sources.NO_SOURCES
+    assert "9.9.9 can't be downloaded from PyPI: ERROR: No match" in capsys.readouterr().err

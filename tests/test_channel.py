@@ -14,6 +14,7 @@ from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.arena.spec import make_spec
 from vllm_dms.arena.storage import FP8Storage, ModelStorage
+from vllm_dms.backend import updates
 from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
@@ -165,8 +166,29 @@ def test_updates_reach_the_device_state(device):
     assert all(counter.tolist() == [5, 5, 0, 0, 5] for counter in counters)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_reports_keep_their_own_step_while_later_ones_are_made(device):
+class LateBuffer:
+    """A buffer and its event: what was copied is there once it was waited for, no sooner."""
+
+    def copy_(self, source, non_blocking):
+        assert non_blocking
+        self.copied = source.clone()
+
+    def record(self):
+        self.sent = self.copied
+
+    def synchronize(self):
+        self.arrived = self.sent
+
+    def numpy(self):
+        return self.arrived.numpy()
+
+
+@pytest.mark.parametrize("device", [*DEVICES, "cpu that copies late"])
+def test_reports_keep_their_own_step_while_later_ones_are_made(device, monkeypatch):
+    if device not in ("cpu", "cuda"):
+        buffers = [(late, late) for late in (LateBuffer(), LateBuffer(), LateBuffer())]
+        monkeypatch.setattr(updates, "make_buffers", lambda *args: buffers)
+        device = "cpu"
     state = make_state(device)
     scratch = allocate_scratch(state.layout, 1, device)
     reporter = Reporter(state, TorchOps(state, scratch, make_config()[1], 1.0))

@@ -215,3 +215,14 @@ def test_importing_the_package_imports_nothing_that_can_fail():
     code = "import sys, vllm_dms; print([m for m in ('torch', 'vllm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_place_names_the_tested_versions():
+    root, versions = PATCHES.parent, compat.TESTED_VERSIONS
+    setup = (root / "scripts" / "setup.sh").read_text()
+    assert f'supported="{" ".join(versions)}"' in setup
+    header = "| | " + " | ".join(f"vLLM {version}" for version in versions) + " |"
+    assert header in (root / "docs" / "compatibility.md").read_text()
+    assert f"| vLLM | {' and '.join(versions)} " in (root / "README.md").read_text()
+    low, high = versions[0], int(versions[-1].split(".")[1]) + 1
+    assert f'cuda = ["vllm>={low},<0.{high}"]' in (root / "pyproject.toml").read_text()

@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from arena_harness import make_config
 
-from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.layout import ArenaLayout, choose_page_size
 from vllm_dms.arena.storage import STORAGES
-from vllm_dms.backend.state import SideState, allocate_scratch, allocate_side_state
+from vllm_dms.backend.state import SideState, allocate_scratch, allocate_side_state, bind_state
 from vllm_dms.gates import CACHE_DTYPES
 
 FORMATS = [(name, dtype) for name in STORAGES for dtype in (torch.bfloat16, torch.float32)]
@@ -50,8 +51,10 @@ def test_a_vector_fits_its_slot_and_survives_a_second_rounding(name, dtype):
     assert torch.equal(once, storage.decode(*storage.encode(once)))
 
 
-def test_every_value_of_the_flag_names_a_format():
+def test_every_format_has_a_flag_and_a_setting():
     assert set(CACHE_DTYPES.values()) == set(STORAGES)
+    for name in STORAGES:
+        assert replace(make_config(8), storage=name).storage == name
 
 
 @pytest.mark.parametrize(
@@ -61,10 +64,28 @@ def test_side_bytes_are_those_that_are_allocated(overrides):
     layout = make_layout("fp8", torch.bfloat16, **overrides)
     side = allocate_side_state(layout, max_num_seqs=7, device="cpu")
     scratch = allocate_scratch(layout, max_tokens=33, device="cpu")
-    tensors = [getattr(side, f.name) for f in fields(SideState)]
-    tensors += [scratch.num_survivors, scratch.evict]
-    allocated = sum(t.untyped_storage().nbytes() for t in tensors)
-    assert layout.side_bytes(7, 33) == allocated
+    state = bind_state(torch.zeros(5 * layout.block_bytes, dtype=torch.uint8), layout, side)
+    at_start = [getattr(side, f.name) for f in fields(SideState)]
+    at_start += [scratch.num_survivors, scratch.evict]
+    at_bind = [state.state_of_block, state.leaves]
+    start, bind = (sum(t.untyped_storage().nbytes() for t in ts) for ts in (at_start, at_bind))
+    assert layout.side_bytes(7, 33) == start
+    assert layout.side_bytes(7, 33, num_blocks=5) == start + bind
+
+
+@pytest.mark.parametrize(
+    ("window", "max_num_seqs", "max_model_len"),
+    [(512, 1024, 1 << 17), (512, 256, 1 << 20), (64, 256, 1 << 17), (16, 1024, 1 << 17)],
+)
+def test_side_state_stays_below_half_a_gibibyte(window, max_num_seqs, max_model_len):
+    """Qwen3-8B's shape."""
+    shape = {"num_layers": 36, "num_kv_heads": 8, "head_dim": 128, "window": window}
+    shape |= {"page_size": choose_page_size(window), "max_model_len": max_model_len}
+    layout = make_layout("model", torch.bfloat16, **shape)
+    assert layout.side_bytes(max_num_seqs, max_tokens=16384) <= 1 << 29
+    # And what comes with the blocks is next to nothing beside them.
+    per_block = layout.side_bytes(1, 1, num_blocks=1) - layout.side_bytes(1, 1)
+    assert per_block < 0.002 * layout.block_bytes
 
 
 def test_the_ledger_needs_no_torch():

@@ -141,5 +141,5 @@ def test_only_padding_leaves_no_trace():
 def test_production_tiles_on_the_gpu(dtype, storage, dim, heads, group):
     shape = {"dim": dim, "heads": heads, "group": group, "window": 64, "page": 16}
     case = Case(**shape, dtype=dtype, storage=storage, lengths=(1, 130, 250), tuning=None)
-    for chunks in [(256,), (100, 1, 1, 37)]:
-        check(replace(case, chunks=chunks))
+    for leaf, chunks in [(0, (256,)), (0, (100, 1, 1, 37)), (4, (256,)), (4, (90, 1, 1, 37))]:
+        check(replace(case, chunks=chunks, leaf=leaf))

@@ -109,12 +109,15 @@ class ArenaLayout:
         """Entries of a row's page table: its first pages, then its leaves."""
         return self.leaf_size + self.max_leaves_per_row
 
-    def side_bytes(self, max_num_seqs: int, max_tokens: int) -> int:
-        """Bytes that plain PyTorch operations need beside the arena: `SideState` of
-        ``max_num_seqs`` requests and the null state, `Scratch` for batches of ``max_tokens``."""
+    def side_bytes(self, max_num_seqs: int, max_tokens: int, num_blocks: int = 0) -> int:
+        """Bytes beside the arena: the state of ``max_num_seqs`` requests and the null state,
+        `Scratch` for batches of ``max_tokens``, and what ``num_blocks`` blocks bring. The kernels
+        have a few megabytes more, which depend on the GPU."""
         row = 4 + 4 * self.table_width + self.ring_size
         state = 8 + 4 * self.max_blocks_per_request + self.num_rows * row
-        return (max_num_seqs + 1) * state + max_tokens * self.num_kv_heads * 5
+        block = 4 + 4 * self.leaves_per_block * self.leaf_size
+        scratch = max_tokens * self.num_kv_heads * 5
+        return (max_num_seqs + 1) * state + scratch + num_blocks * block
 
 
 def choose_page_size(window: int, slots_per_block: int = MAX_PAGE_SIZE) -> int:

@@ -36,6 +36,9 @@ class Storage(ABC):
     # In how many products the kernels sum over the channels, each over every num_products-th one.
     num_products: ClassVar[int] = 1
 
+    def __str__(self) -> str:
+        return self.name
+
     @classmethod
     @abstractmethod
     def for_model(cls, dtype: torch.dtype) -> "Storage":
@@ -83,6 +86,9 @@ class ModelStorage(Storage):
     name = "model"
     num_scales = 0
     min_capability = 80
+
+    def __str__(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @classmethod
     def for_model(cls, dtype: torch.dtype) -> "Storage":

@@ -33,38 +33,44 @@ def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
         state.leaves_used.index_fill_(0, states.long(), 0)
 
 
+def make_buffers(
+    shape: tuple[int, int], device: torch.device
+) -> list[tuple[torch.Tensor, torch.cuda.Event]]:
+    """Where reports are copied to, and the events of their arrival. None on a CPU: a report is read
+    when it is made."""
+    if device.type != "cuda":
+        return []
+    # A waiting thread sleeps instead of spinning on the driver's lock.
+    return [
+        (torch.zeros(shape, dtype=torch.int32, pin_memory=True), torch.cuda.Event(blocking=True))
+        for _ in range(NUM_BUFFERS)
+    ]
+
+
 class Reporter:
     """Makes a step's `DMSReport` without waiting for the step."""
 
     def __init__(self, state: ArenaState, ops: Ops) -> None:
         self._ops = ops
-        device = state.live.device
-        shape = (state.num_states, REPORT_WIDTH)
+        device, shape = state.live.device, (state.num_states, REPORT_WIDTH)
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._reports: list[DMSReport | None] = [None] * NUM_BUFFERS
-        self._hosts: list[torch.Tensor] = []
-        self._events: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            # A waiting thread sleeps instead of spinning on the driver's lock.
-            self._events = [torch.cuda.Event(blocking=True) for _ in range(NUM_BUFFERS)]
-            self._hosts = [
-                torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)
-            ]
+        self._buffers = make_buffers(shape, device)
+        self._reports: list[DMSReport | None] = [None] * len(self._buffers)
         self._next = 0
 
     def report(self, meta: DMSStepMeta) -> DMSReport:
         """Must follow the step's forward pass on the stream."""
         self._ops.report(self._on_device)
-        if not self._events:
+        if not self._buffers:
             result = DMSReport(meta.step_id, meta.states, self._on_device)
             result.usage  # noqa: B018 the tensor is overwritten in the next step
             return result
         slot = self._next
-        self._next = (slot + 1) % NUM_BUFFERS
+        self._next = (slot + 1) % len(self._buffers)
         previous = self._reports[slot]
         if previous is not None:
             previous.usage  # noqa: B018 read it before its buffer is overwritten
-        host, event = self._hosts[slot], self._events[slot]
+        host, event = self._buffers[slot]
         host.copy_(self._on_device, non_blocking=True)
         event.record()
         self._reports[slot] = result = DMSReport(meta.step_id, meta.states, host, event)

@@ -18,7 +18,7 @@ def expected_live_tokens(config: DMSConfig, num_tokens: int) -> float:
 def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len: int) -> str:
     """A few lines; ``num_blocks`` is the pool without vLLM's null block."""
     layout = spec.layout
-    side_bytes = layout.side_bytes(spec.max_num_seqs, spec.max_chunk_tokens)
+    side_bytes = layout.side_bytes(spec.max_num_seqs, spec.max_chunk_tokens, num_blocks)
     pool_bytes = num_blocks * layout.block_bytes
     dense = num_blocks / spec.dense_blocks(max_model_len)
     live = expected_live_tokens(config, max_model_len)
@@ -36,8 +36,8 @@ def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len
         (
             f"DMS cache: {config.dialect} checkpoint, window {config.window}, each token's fate "
             f"decided by {shift}, one decision per {config.alpha_per}",
-            f"  storage {str(layout.storage.dtype).removeprefix('torch.')}; pages of "
-            f"{layout.page_size} slots, {layout.page_bytes} bytes; blocks of "
+            f"  storage {layout.storage}; pages of {layout.page_size} slots, "
+            f"{layout.page_bytes} bytes; blocks of "
             f"{layout.pages_per_block} pages, {layout.block_bytes} bytes on each rank",
             f"  pool {num_blocks} blocks, {pool_bytes / GIB:.2f} GiB; side state "
             f"{side_bytes / MIB:.1f} MiB ({side_bytes / pool_bytes:.2%} of the pool) for "

@@ -1,10 +1,15 @@
-"""The adapter in one launch equals its two steps, in each dtype's own rounding."""
+"""The adapter: in one launch it equals its two steps; of several ranks each reads its own heads."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
 
 from vllm_dms.backend.kernels.adapter import launch_alpha
+from vllm_dms.models import decision
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -32,3 +37,27 @@ def test_alpha_equals_norm_and_projection(dtype, tokens, size, heads, with_bias)
     rounding = torch.finfo(dtype).eps * (expected.abs() + 2 * size**0.5)
     error = (got.double() - expected).abs()
     assert (error <= rounding + 1e-4).all(), error.max()
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize(("ranks", "heads"), [(1, 4), (2, 4), (4, 4), (4, 2), (8, 2), (4, 1)])
+def test_a_rank_reads_the_decisions_of_its_own_heads(monkeypatch, ranks, heads, per_layer):
+    """vLLM deals the KV heads out in order; of more ranks than heads, neighbours share one."""
+    own = max(heads // ranks, 1)
+    expected = [[r * heads // ranks + i for i in range(own)] for r in range(ranks)]
+    if per_layer:
+        expected = [[0] * own] * ranks
+    found = []
+    with set_current_vllm_config(VllmConfig()), torch.device(DEVICE):
+        for rank in range(ranks):
+            group = SimpleNamespace(rank_in_group=rank, world_size=ranks)
+            monkeypatch.setattr(parallel_state, "_TP", group)
+            adapter = decision.AlphaAdapter(heads, own, 16, 1e-6, per_layer, "layer")
+            adapter.fused = False
+            adapter.proj.weight.data.zero_()
+            adapter.proj.bias.data.copy_(torch.arange(heads))  # alpha is the number of its head
+            adapter.proj.quant_method.process_weights_after_loading(adapter.proj)
+            alpha, query = adapter.read(torch.randn(3, 16), torch.ones(3, 8))
+            assert query.all() and alpha.is_contiguous() and (alpha == alpha[0]).all()
+            found.append(alpha[0].int().tolist())
+    assert found == expected

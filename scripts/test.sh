@@ -28,8 +28,8 @@ say "pytest"
 "$python" -m pytest -q "$@" || failed+=(pytest)
 
 # What touches nothing of vLLM, or, as the benchmarks, is run with one version.
-unrelated=(adapter benchmark compile config kernels needles quality reference report retrofit seed
-    storage synthetic tiny torch_ops triton_ops verify)
+unrelated=(adapter addresses benchmark command compile config kernels needles overlap quality
+    reference report retrofit seed storage synthetic tiny torch_ops triton_ops verify wheel)
 ignored=("${unrelated[@]/#/--ignore-glob=tests/test_}")
 ignored=("${ignored[@]/%/*.py}")
 
@@ -41,8 +41,7 @@ test_version() { # VERSION
     elif ! sources=$("$python" scripts/vllm_sources.py "$1"); then
         failed+=("sources of vLLM $1")
     else
-        PYTHONPATH=$sources "$python" -m pytest -q -m "not slow" "${ignored[@]}" ||
-            failed+=("vLLM $1")
+        PYTHONPATH=$sources "$python" -m pytest -q "${ignored[@]}" || failed+=("vLLM $1")
     fi
 }
 

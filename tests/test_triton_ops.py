@@ -40,7 +40,7 @@ def test_odd_shapes(dim, heads, group, page):
 @pytest.mark.parametrize(
     ("leaf", "page", "shape"),
     [
-        (2, 8, {"chunks": (1,), "lengths": (45, 30)}),
+        (2, 8, {"chunks": (1,), "lengths": (40,), "rates": (0.1, 0.6)}),
         (2, 8, {"chunks": (61, 1, 1), "lengths": (120, 77), "heads": 3, "rates": (0.0, 0.9, 0.3)}),
         (1, 16, {"chunks": (50, 1, 33), "lengths": (140,), "rates": (0.1, 0.6)}),
         (4, 8, {"chunks": (33, 1, 5), "lengths": (120,), "evict": False, "storage": "fp8"}),

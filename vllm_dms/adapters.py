@@ -79,6 +79,38 @@ def is_adapter_dir(path: Path) -> bool:
     return bool(names) and len(find_adapter_tensors(names)) == len(names)
 
 
+def fetch_adapter(
+    name: Any, revision: str | None = None, cache_dir: Path | str | None = None
+) -> Path:
+    """A local directory as it is; else a repository of the Hugging Face Hub, downloaded to its
+    cache (default: huggingface_hub's own) or, offline, found there."""
+    if isinstance(name, str) and Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"adapter_revision is {revision!r}, but adapter {name} is a directory here. Leave "
+                "the revision out."
+            )
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=["*.safetensors", *CONFIGS],
+            )
+        )
+    except (OSError, HFValidationError, TypeError) as error:
+        raise ValueError(
+            f"adapter {name!r} is no directory here, and as a repository of the Hugging Face Hub "
+            f"it could not be fetched: {error} Correct the setting, or download it and give its "
+            "directory."
+        ) from error
+
+
 def read_adapter(path: Path | str) -> Adapter:
     """A local directory. Not yet held against a base: see check_against_base."""
     path = Path(path)

@@ -64,6 +64,7 @@ _RULES = {
     ),
     "kernels": _one_of("auto", "triton", "torch"),
     "log_interval": (lambda v: _is_number(v) and v >= 0, "seconds, 0 for never"),
+    "adapter_dir": (lambda v: v is None or isinstance(v, str), "a directory"),
 }
 
 
@@ -92,6 +93,7 @@ class DMSConfig:
     page_size: int | None = None  # slots per leaf page; None: chosen by the layout
     kernels: Literal["auto", "triton", "torch"] = "auto"
     log_interval: float = 10.0  # seconds between compression lines; 0: none
+    adapter_dir: str | None = None  # where adapter weights are, if not in the checkpoint
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -137,8 +139,12 @@ class DMSConfig:
 
 
 # Whatever the checkpoint decides or serving can choose; the dialect is a fact about the weights,
-# the storage is chosen with --kv-cache-dtype.
-OVERRIDES = tuple(f.name for f in fields(DMSConfig) if f.name not in ("dialect", "storage"))
+# the storage is chosen with --kv-cache-dtype, the adapter's directory with ADAPTER.
+OVERRIDES = tuple(
+    f.name for f in fields(DMSConfig) if f.name not in ("dialect", "storage", "adapter_dir")
+)
+# The settings beside them that name an adapter over an untouched base; `gates` resolves them.
+ADAPTER, ADAPTER_REVISION = "adapter", "adapter_revision"
 
 
 def _checked_overrides(overrides: Mapping | None) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def _checked_overrides(overrides: Mapping | None) -> dict[str, Any]:
     if unknown:
         raise ValueError(
             f"{where} has unknown settings: {', '.join(map(str, unknown))}. "
-            f"Valid ones are: {', '.join(OVERRIDES)}."
+            f"Valid ones are: {', '.join((*OVERRIDES, ADAPTER, ADAPTER_REVISION))}."
         )
     for field, value in overrides.items():
         _check(field, value, f"{where}: {field}", "Correct or remove the setting.")

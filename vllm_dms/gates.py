@@ -4,6 +4,7 @@
 processes receive its result with the pickled config. It may run again on a copy of a config.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
+from vllm_dms.adapters import adapted_config, check_against_base, fetch_adapter, read_adapter
 from vllm_dms.compat import check_hooks, check_vllm_version
-from vllm_dms.config import DMSConfig
+from vllm_dms.config import ADAPTER, ADAPTER_REVISION, DMSConfig
 from vllm_dms.formats import SUPPORTED_FORMATS
 from vllm_dms.models.families import family_of, family_of_architectures
 from vllm_dms.refusals import refusals
@@ -75,6 +77,8 @@ def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:
     model = vllm_config.model_config
     metadata = get_hf_file_to_dict("dms_metadata.json", model.model, model.revision)
     overrides = settings_in(vllm_config.additional_config)
+    if isinstance(overrides, dict) and {ADAPTER, ADAPTER_REVISION} & overrides.keys():
+        return _read_adapter_config(vllm_config, overrides, storage)
     config = DMSConfig.from_checkpoint(model.hf_config, metadata, overrides, storage)
     if config is None:
         raise ValueError(
@@ -83,6 +87,28 @@ def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:
             "--kv-cache-dtype auto, or retrofit it."
         )
     return config
+
+
+def _read_adapter_config(vllm_config: VllmConfig, settings: dict, storage: str) -> DMSConfig:
+    """Decisions from an adapter's directory or repository, over this model as it is."""
+    overrides = {k: v for k, v in settings.items() if k not in (ADAPTER, ADAPTER_REVISION)}
+    if ADAPTER not in settings:
+        raise ValueError(
+            f'"{ADAPTER_REVISION}" is set in "dms" in --additional-config without "{ADAPTER}". Set '
+            "both, or remove it."
+        )
+    path = fetch_adapter(
+        settings[ADAPTER],
+        settings.get(ADAPTER_REVISION),
+        vllm_config.load_config.download_dir,
+    )
+    adapter, hf_config = read_adapter(path), vllm_config.model_config.hf_config
+    check_against_base(adapter, hf_config)
+    merged = adapted_config(adapter, hf_config)
+    config = DMSConfig.from_checkpoint(merged, None, overrides, storage)
+    assert config is not None and config.adapter, "adapted_config says so"
+    logger.info("DMS decisions come from adapter %s.", settings[ADAPTER])
+    return replace(config, adapter_dir=str(path))
 
 
 def transfer_config() -> KVTransferConfig:

@@ -1,12 +1,14 @@
 """The checkpoint's tensors as they are loaded: no adapter is left incomplete, no bias dropped."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from vllm_dms.adapters import read_adapter
 from vllm_dms.config import DMSConfig
 
 DMS_WEIGHT_PREFIX = "self_attn.dms_"
@@ -35,6 +37,8 @@ class DMSWeights(nn.Module):
         if self.dms_config is None:
             return super().load_weights(without_adapter(weights))
         weights = check_adapter_is_wanted(weights, self.dms_config)
+        if self.dms_weights_due and self.dms_config.adapter_dir is not None:
+            weights = chain(weights, read_adapter(self.dms_config.adapter_dir).tensors.items())
         loaded = super().load_weights(check_biases(weights, dict(self.named_modules())))
         if self.dms_weights_due and self.dms_config.adapter:
             loaded |= complete_adapter(self, loaded)

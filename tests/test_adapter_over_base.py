@@ -48,6 +48,21 @@ def test_an_adapter_over_its_base_is_the_merged_checkpoint_bit_for_bit(make_engi
     assert figures[-1]["compression"] > 1.2
 
 
+def test_an_adapter_alone_is_served_over_the_base_it_names(make_engine, parts, tmp_path):
+    _, base, adapter = parts
+    alone = shutil.copytree(adapter, tmp_path / "alone")
+    config = json.loads((alone / "config.json").read_text())
+    (alone / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    llm = make_engine(alone, **engine_args(96))
+    model = llm.llm_engine.vllm_config.model_config
+    assert (model.model, model.served_model_name) == (str(base), str(alone))
+    assert log_probabilities(llm) == log_probabilities(make_engine(base, **over_base(adapter)))
+    del config["base_model_name_or_path"]
+    (alone / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not name its base"):
+        make_engine(alone, **engine_args(512))
+
+
 def test_the_users_settings_win_over_the_adapters(make_engine, parts):
     _, base, adapter = parts
     llm = make_engine(base, **over_base(adapter, evict=False))

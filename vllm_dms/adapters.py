@@ -79,6 +79,22 @@ def is_adapter_dir(path: Path) -> bool:
     return bool(names) and len(find_adapter_tensors(names)) == len(names)
 
 
+def base_of_adapter_alone(name: str, config: Mapping) -> str | None:
+    """The base that must be served where ``name``, whose config.json this is, was given as the
+    model: None for a whole checkpoint, whose config has a vocabulary."""
+    if "vocab_size" in config or not any(key.startswith("dms_") for key in config):
+        return None
+    base = next((config[key] for key in BASE_KEYS if config.get(key)), None)
+    if base is None:
+        raise ValueError(
+            f"{name} is an adapter that does not name its base. Serve the base model with "
+            f"""--additional-config '{{"dms": {{"adapter": "{name}"}}}}', """
+            f"or set {BASE_KEYS[0]} in the adapter's config.json."
+        )
+    beside = Path(name, base)
+    return str(beside) if (beside / CONFIG).is_file() else base
+
+
 def fetch_adapter(
     name: Any, revision: str | None = None, cache_dir: Path | str | None = None
 ) -> Path:

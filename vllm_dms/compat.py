@@ -173,6 +173,7 @@ def wrap_model_config(prepare: Callable[[typing.Any], None]) -> None:
     Cause: a plugin can replace the parser of a config format for all engines
         (`register_config_parser`), or see the config when the model's kind is decided already.
     Change: `EngineArgs.create_model_config` runs on a copy of the arguments that `prepare` saw.
+        What `prepare` left there as `dms_adapter` goes on to the model's config.
     Remove when: vLLM has `register_engine_args_hook` (offered in `patches/`), used here if there.
     """
     module = typing.cast(typing.Any, importlib.import_module("vllm.engine.arg_utils"))
@@ -188,7 +189,10 @@ def wrap_model_config(prepare: Callable[[typing.Any], None]) -> None:
     def create_model_config(self: typing.Any) -> typing.Any:
         args = copy.copy(self)
         prepare(args)
-        return original(args)
+        model_config = original(args)
+        if hasattr(args, "dms_adapter"):
+            model_config.dms_adapter = args.dms_adapter
+        return model_config
 
     create_model_config.__wrapped_by__ = __name__  # type: ignore[attr-defined]
     module.EngineArgs.create_model_config = create_model_config

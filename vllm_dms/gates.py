@@ -13,7 +13,13 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
-from vllm_dms.adapters import adapted_config, check_against_base, fetch_adapter, read_adapter
+from vllm_dms.adapters import (
+    adapted_config,
+    base_of_adapter_alone,
+    check_against_base,
+    fetch_adapter,
+    read_adapter,
+)
 from vllm_dms.compat import check_hooks, check_vllm_version
 from vllm_dms.config import ADAPTER, ADAPTER_REVISION, DMSConfig
 from vllm_dms.formats import SUPPORTED_FORMATS
@@ -29,9 +35,11 @@ ATTENTION_OP = "vllm_dms::attention"
 
 
 def prepare(engine_args: Any) -> None:
-    """Before vLLM reads config.json: what it would make of a student that Model-Optimizer exported.
+    """Before vLLM reads config.json: of an adapter alone the base is served, and a student that
+    Model-Optimizer exported is no pooling model.
 
-    ``engine_args`` is a copy, and no other engine's.
+    ``engine_args`` is a copy, and no other engine's. What it says of an adapter (`dms_adapter`)
+    comes back on the model's config.
     """
     if engine_args.kv_cache_dtype not in CACHE_DTYPES:
         return
@@ -42,6 +50,12 @@ def prepare(engine_args: Any) -> None:
     config = get_hf_file_to_dict(
         "config.json", engine_args.hf_config_path or model, engine_args.revision
     )
+    base = base_of_adapter_alone(model, config or {})
+    if base is not None:
+        engine_args.dms_adapter = {ADAPTER: model, ADAPTER_REVISION: engine_args.revision}
+        engine_args.served_model_name = engine_args.served_model_name or model
+        engine_args.model, engine_args.revision = base, None
+        config = get_hf_file_to_dict("config.json", base, None)
     family = family_of(config or {})
     # Missing, or the bare backbone, which vLLM takes for a pooling model. (No dict: a function.)
     if family is None or family_of_architectures(config.get("architectures") or []) is not None:
@@ -77,6 +91,8 @@ def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:
     model = vllm_config.model_config
     metadata = get_hf_file_to_dict("dms_metadata.json", model.model, model.revision)
     overrides = settings_in(vllm_config.additional_config)
+    if alone := getattr(model, "dms_adapter", None):
+        overrides = alone | (overrides or {})
     if isinstance(overrides, dict) and {ADAPTER, ADAPTER_REVISION} & overrides.keys():
         return _read_adapter_config(vllm_config, overrides, storage)
     config = DMSConfig.from_checkpoint(model.hf_config, metadata, overrides, storage)

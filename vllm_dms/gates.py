@@ -13,11 +13,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
+from vllm_dms.adapter_paths import base_of_adapter_alone, fetch_adapter
 from vllm_dms.adapters import (
     adapted_config,
-    base_of_adapter_alone,
     check_against_base,
-    fetch_adapter,
     read_adapter,
 )
 from vllm_dms.compat import check_hooks, check_vllm_version

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from vllm_dms.adapter_paths import base_dir
 from vllm_dms.adapters import (
     adapted_config,
-    base_dir,
     check_against_base,
     is_adapter_dir,
     read_adapter,

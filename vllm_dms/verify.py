@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_dms.adapters import weights_dir
+from vllm_dms.adapter_paths import weights_dir
 from vllm_dms.config import DMSConfig
 from vllm_dms.reference import ReferenceModel, live_counts
 from vllm_dms.retrofit.data import read_texts

@@ -214,10 +214,7 @@ class DMSManager(SingleTypeKVCacheManager):
         nothing_runs = not step.requests and not self.mailbox.in_flight
         gives_way = self.shortages.resolve_waiting(self.num_usable_blocks, nothing_runs)
         if gives_way is not None:
-            logger.info(
-                "Session %s with streaming input gives its %d blocks to others while it waits; its "
-                "next turn reads its tokens again.", gives_way, len(self.req_to_blocks[gives_way])
-            )  # fmt: skip
+            logger.info("Session %s gives way: its next turn reads its tokens again.", gives_way)
             self.free(gives_way)
         self.sessions.start_anew()
         if nothing_runs and not self.ledger.requests:

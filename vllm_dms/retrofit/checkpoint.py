@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from vllm_dms.adapter_paths import weights_dir
 from vllm_dms.adapters import (
     adapted_config,
     check_against_base,
     find_adapter_tensors,
     nvidia_keys,
     read_adapter,
-    weights_dir,
     write_adapter,
 )
 from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vllm_dms.adapters import weights_dir
+from vllm_dms.adapter_paths import weights_dir
 from vllm_dms.config import DMSConfig
 
 from . import checkpoint, data

@@ -77,7 +77,7 @@ def test_dense_training_is_decided_by_its_seed(tmp_path):
 def test_determinism_is_the_default(dense, tmp_path, monkeypatch):  # noqa: F811
     modes = []
     monkeypatch.setattr(
-        cli.Trainer, "run", lambda *_: modes.append(torch.get_deterministic_debug_mode())
+        cli.Trainer, "run", lambda *_, **__: modes.append(torch.get_deterministic_debug_mode())
     )
     monkeypatch.setattr(cli, "plot_log", lambda *_: True)
     source = dense("qwen3", attention_bias=False)

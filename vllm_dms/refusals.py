@@ -165,7 +165,7 @@ def _of_parallelism(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]
         Refusal(
             "--pipeline-parallel-size is above 1",
             parallel.pipeline_parallel_size > 1,
-            "reports of pages in use come from one stage only",
+            "stages hold different layers, whose pages are not counted together",
             "Use --tensor-parallel-size instead.",
         ),
         Refusal(

@@ -34,6 +34,10 @@ class Ops(Protocol):
     can hold all of it: `begin_step` as well, which is why the first layer calls it and not what
     prepares the step outside the graph."""
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Whatever the first call of an operation would wait for; ``dtype``: the model's. The null
+        state alone is touched."""
+
     def begin_step(self, batch: Batch) -> None: ...
 
     def store(

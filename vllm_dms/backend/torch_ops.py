@@ -32,6 +32,9 @@ class TorchOps:
         self.state, self.scratch = state, scratch
         self.config, self.scale = config, scale
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Nothing is compiled."""
+
     def begin_step(self, batch: Batch) -> None:
         """Nothing to plan: requests take their turns."""
 

@@ -28,35 +28,15 @@ def load_tokens(ptr, stride, token, heads, mask, geo):
     return tl.load(ptr + offs[:, None] + offs_d, mask=mask[:, None] & (offs_d < geo.D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def store_token_kernel(
-    key_ptr,
-    value_ptr,
-    alpha_ptr,
-    stride_key,
-    stride_value,
-    stride_alpha,
-    stride_alpha_head,
-    state,
-    batch,
-    layer,
-    alpha_scale,
-    alpha_offset,
-    geo,
-    H_PAD: tl.constexpr,
-    SHIFT: tl.constexpr,
-    EVICT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Grid (requests): one new token. The token that leaves, unless evicted, is copied to a slot of
+@triton.jit
+def store_token(
+    key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha, stride_alpha_head,
+    state, start, n, s, layer, alpha_scale, alpha_offset, geo,
+    H_PAD: tl.constexpr, SHIFT: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """One new token of state s > 0. The token that leaves, unless evicted, is copied to a slot of
     its own; the new one takes its place in the ring. All heads at once, so that pages are handed
     out without atomics."""
-    b = tl.program_id(0)
-    wait_for_previous_kernel(OVERLAP)
-    allow_next_kernel(OVERLAP)
-    start, m, n, s = load_request(state, batch, b)
-    if (m != 1) | (s == 0):
-        return
     h = tl.arange(0, H_PAD)
     mask_h = h < geo.H
     row = row_index(s, layer, h, geo)
@@ -106,31 +86,16 @@ def chunk_verdict(alpha_ptr, stride, t, m, scale, offset, SHIFT: tl.constexpr, E
     return decide(alpha, scale, offset) & mask & EVICT
 
 
-@triton.jit(do_not_specialize=["layer"])
-def store_plan_kernel(
-    alpha_ptr,
-    stride_alpha,
-    stride_alpha_head,
-    state,
-    batch,
-    num_survivors_ptr,
-    evict_ptr,
-    layer,
-    alpha_scale,
-    alpha_offset,
-    geo,
-    SHIFT: tl.constexpr,
-    EVICT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid (requests, H): verdicts, survivor counts and pages of a chunk of several tokens.
+@triton.jit
+def plan_chunk(
+    alpha_ptr, stride_alpha, stride_alpha_head, state, num_survivors_ptr, evict_ptr,
+    start, m, n, s, layer, h, alpha_scale, alpha_offset, geo,
+    SHIFT: tl.constexpr, EVICT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Verdicts, survivor counts and pages of one head of a chunk of several tokens.
 
     Fills num_survivors and evict [T, H] of `Scratch`, the row's page table, live and pages_used.
     """
-    b, h = tl.program_id(0), tl.program_id(1)
-    start, m, n, s = load_request(state, batch, b)
-    if m <= 1:
-        return
     row = row_index(s, layer, h, geo)
     alpha_ptr += start.to(tl.int64) * stride_alpha + h * stride_alpha_head
     live = tl.where((n == 0) | (s == 0), 0, tl.load(state.live + row))
@@ -169,25 +134,102 @@ def store_plan_kernel(
         tl.store(state.live + row, new_live)
 
 
+@triton.jit(do_not_specialize=["alpha_ptr", "stride_alpha", "stride_alpha_head", "layer"])
+def store_token_kernel(
+    key_ptr,
+    value_ptr,
+    alpha_ptr,
+    stride_key,
+    stride_value,
+    stride_alpha,
+    stride_alpha_head,
+    layer,
+    state,
+    requests,
+    alpha_scale,
+    alpha_offset,
+    geo,
+    H_PAD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EVICT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Grid (requests), each with one new token."""
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
+    start, m, n, s = load_request(requests, tl.program_id(0))
+    if (m == 1) & (s > 0):
+        store_token(
+            key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
+            stride_alpha_head, state, start, n, s, layer, alpha_scale, alpha_offset, geo,
+            H_PAD, SHIFT, EVICT,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["alpha_ptr", "stride_alpha", "stride_alpha_head", "layer"])
+def store_plan_kernel(
+    key_ptr,
+    value_ptr,
+    alpha_ptr,
+    stride_key,
+    stride_value,
+    stride_alpha,
+    stride_alpha_head,
+    layer,
+    state,
+    requests,
+    num_survivors_ptr,
+    evict_ptr,
+    alpha_scale,
+    alpha_offset,
+    geo,
+    H_PAD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EVICT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Grid (requests, H): a chunk of several tokens is planned head by head, a single token
+    stored."""
+    h = tl.program_id(1)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
+    start, m, n, s = load_request(requests, tl.program_id(0))
+    if m > 1:
+        plan_chunk(
+            alpha_ptr, stride_alpha, stride_alpha_head, state, num_survivors_ptr, evict_ptr,
+            start, m, n, s, layer, h, alpha_scale, alpha_offset, geo, SHIFT, EVICT, BLOCK,
+        )  # fmt: skip
+    elif (m == 1) & (s > 0) & (h == 0):
+        store_token(
+            key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
+            stride_alpha_head, state, start, n, s, layer, alpha_scale, alpha_offset, geo,
+            H_PAD, SHIFT, EVICT,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["layer", "num_reqs"])
 def store_copy_kernel(
     key_ptr,
     value_ptr,
     stride_key,
     stride_value,
-    state,
-    batch,
-    num_survivors_ptr,
-    evict_ptr,
     num_reqs,
     layer,
+    state,
+    requests,
+    num_survivors_ptr,
+    evict_ptr,
     geo,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (blocks of tokens, H): copy what leaves the window and is kept, as planned."""
     h = tl.program_id(1)
-    b, t0 = find_request(batch, tl.program_id(0), num_reqs, geo, BLOCK)
-    start, m, n, s = load_request(state, batch, b)
+    b, t0 = find_request(requests, tl.program_id(0), num_reqs, geo, BLOCK)
+    start, m, n, s = load_request(requests, b)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
     if (m <= 1) | (s == 0) | (t0 >= m) | (n + t0 + BLOCK <= geo.R):
         return
     row = row_index(s, layer, h, geo)
@@ -219,18 +261,21 @@ def store_window_kernel(
     value_ptr,
     stride_key,
     stride_value,
-    state,
-    batch,
-    evict_ptr,
     num_reqs,
     layer,
+    state,
+    requests,
+    evict_ptr,
     geo,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (blocks of tokens, H): the chunk's last R tokens to the ring, with their verdicts."""
     h = tl.program_id(1)
-    b, t0 = find_request(batch, tl.program_id(0), num_reqs, geo, BLOCK)
-    start, m, n, s = load_request(state, batch, b)
+    b, t0 = find_request(requests, tl.program_id(0), num_reqs, geo, BLOCK)
+    start, m, n, s = load_request(requests, b)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
     if (m <= 1) | (s == 0) | (t0 >= m) | (t0 + BLOCK + geo.R <= m):
         return
     row = row_index(s, layer, h, geo)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -29,6 +30,7 @@ from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import default_tuning
+from vllm_dms.backend.projection import Projection
 from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
@@ -90,9 +92,16 @@ def make_ops(storage, head_dim, group, overlap, page_size, max_pages):
     return TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap), model_dtype
 
 
+def make_projection(head_dim, dtype):
+    weight = torch.zeros(head_dim, dtype=dtype)
+    rotary = SimpleNamespace(cos_sin_cache=torch.zeros(8, head_dim, dtype=dtype))
+    return Projection(weight, weight, 1e-6, rotary)
+
+
 def run_all(storage, head_dim, group, *others):
     ops, model_dtype = make_ops(storage, head_dim, group, *others)
-    ops.warm_up(model_dtype)
+    ops.warm_up(model_dtype, None)
+    ops.warm_up(model_dtype, make_projection(head_dim, model_dtype))
     ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
     weight = torch.zeros(2, head_dim, dtype=model_dtype)
     launch_alpha(weight.clone(), weight[0], weight, None, 1e-6)

@@ -12,11 +12,12 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from compile_kernels import NoGPU, make_ops
+from compile_kernels import NoGPU, make_ops, make_projection
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.report import REPORT_WIDTH
+from vllm_dms.backend.projection import rotated_width
 from vllm_dms.backend.state import Batch
 
 GROUP, HEAD_DIM, HEADS = 4, 128, 2
@@ -30,6 +31,16 @@ def batches():
             table = torch.zeros(len(counts), width, dtype=torch.int32)
             lengths = torch.tensor([0, *counts], dtype=torch.int32)[1:]  # not aligned
             yield Batch(len(counts), sum(counts), max(counts), table, starts, lengths)
+
+
+def run_projection(ops, batch, dtype, projection):
+    tokens = batch.num_tokens
+    qkv = torch.zeros(tokens, (GROUP + 2) * HEADS * HEAD_DIM, dtype=dtype)
+    rotated = torch.zeros(tokens, rotated_width(HEADS, GROUP, HEAD_DIM), dtype=dtype)
+    ops.begin_step(batch)
+    positions = torch.zeros(tokens + 1, dtype=torch.int64)[1:]
+    for layer in (0, 1, 16):
+        ops.store_projection(batch, layer, projection, qkv, positions, None, rotated)
 
 
 def run(ops, batch, dtype, offset=0):
@@ -64,11 +75,14 @@ def main(storage):
     driver.set_active(NoGPU(90))
     JITFunction._do_compile = compile_nothing
     ops, dtype = make_ops(storage, HEAD_DIM, GROUP, True, 64, 2048)
-    ops.warm_up(dtype)
+    projection = make_projection(HEAD_DIM, dtype)
+    ops.warm_up(dtype, None)
+    ops.warm_up(dtype, projection)
     ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
     warm = list(asked)
     for batch in batches():
         run(ops, batch, dtype)
+        run_projection(ops, batch, dtype, projection)
     later = asked[len(warm) :]
     run(ops, next(batches()), dtype, offset=1)
     print(json.dumps({"warm": warm, "later": later, "unaligned": asked[len(warm + later) :]}))

@@ -37,7 +37,7 @@ def test_the_warm_up_leaves_nothing_behind(storage):
     state = harness.state
     before = [part.view(torch.uint8).clone() for part in state.pages]
     live = state.live[1:].clone()
-    harness.ops.warm_up(case.dtype)
+    harness.ops.warm_up(case.dtype, None)
     reporter = Reporter(state, harness.ops)
     reporter.warm_up()
     apply_updates(state, NULL_STEP)

@@ -99,7 +99,8 @@ def decode_kernel(
 ):
     """Grid (PROGRAMS). score_scale: softmax scale times log2(e). BLOCK_M >= G query heads.
 
-    ``OVERLAP``: launched before `store` of this layer is done, whose results it waits for.
+    ``OVERLAP``: launched before `store` of this layer is done, whose results it waits for: the
+    query may be one of them.
     """
     p = tl.program_id(0)
     begin = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
@@ -115,9 +116,9 @@ def decode_kernel(
     mask_q = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
     offs_q = offs_g[:, None] * geo.D + offs_d[None, :]
     q_ptr = query_ptr + head_offset(token_head, stride_query, geo, G)
-    q = tl.load(q_ptr + offs_q, mask=mask_q & (start < stop), other=0.0)
     wait_for_previous_kernel(OVERLAP)
     allow_next_kernel(OVERLAP)
+    q = tl.load(q_ptr + offs_q, mask=mask_q & (start < stop), other=0.0)
 
     tile = start
     row_tile = schedule.row_tile + layer * (schedule.N + 1)

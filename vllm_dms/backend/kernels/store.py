@@ -30,22 +30,18 @@ def load_tokens(ptr, stride, token, heads, mask, geo):
 
 @triton.jit
 def store_token(
-    key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha, stride_alpha_head,
-    state, start, n, s, layer, alpha_scale, alpha_offset, geo,
+    k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo,
     H_PAD: tl.constexpr, SHIFT: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """One new token of state s > 0. The token that leaves, unless evicted, is copied to a slot of
-    its own; the new one takes its place in the ring. All heads at once, so that pages are handed
-    out without atomics."""
+    """One new token of state s > 0: k and v [H_PAD, D_PAD], alpha [H_PAD]. The token that leaves,
+    unless evicted, is copied to a slot of its own; the new one takes its place in the ring. All
+    heads at once, so that pages are handed out without atomics."""
     h = tl.arange(0, H_PAD)
     mask_h = h < geo.H
     row = row_index(s, layer, h, geo)
-    token = h * 0 + start
     ring = h * 0 + n % geo.R
     full = n >= geo.R
 
-    alpha_offs = start.to(tl.int64) * stride_alpha + h * stride_alpha_head
-    alpha = tl.load(alpha_ptr + alpha_offs, mask=mask_h, other=0.0)
     decision = decide(alpha, alpha_scale, alpha_offset) & EVICT
     verdict = tl.load(state.evict_ring + row * geo.R + ring, mask=mask_h, other=1) != 0
     live = tl.load(state.live + row, mask=mask_h, other=0)
@@ -63,8 +59,6 @@ def store_token(
     copy_slots(state, geo, ring_page, ring, page, live, kept)
     # Below, other threads of this program overwrite what was read above.
     tl.debug_barrier()
-    k = load_tokens(key_ptr, stride_key, token, h, mask_h, geo)
-    v = load_tokens(value_ptr, stride_value, token, h, mask_h, geo)
     write_slots(state, geo, ring_page, ring, k, v, mask_h)
 
     bits = state.evict_ring + row * geo.R
@@ -76,6 +70,19 @@ def store_token(
         tl.store(bits + ring, decision.to(tl.uint8), mask=mask_h)
     list_pages(state, geo, s, row, index, fresh, new_page, plan)
     tl.store(state.live + row, live + grows.to(tl.int32), mask=mask_h)
+
+
+@triton.jit
+def load_token(
+    key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha, stride_alpha_head,
+    start, geo, H_PAD: tl.constexpr,
+):  # fmt: skip
+    """What `store_token` stores of token ``start`` of the batch."""
+    h = tl.arange(0, H_PAD)
+    k = load_tokens(key_ptr, stride_key, h * 0 + start, h, h < geo.H, geo)
+    v = load_tokens(value_ptr, stride_value, h * 0 + start, h, h < geo.H, geo)
+    alpha_offs = start.to(tl.int64) * stride_alpha + h * stride_alpha_head
+    return k, v, tl.load(alpha_ptr + alpha_offs, mask=h < geo.H, other=0.0)
 
 
 @triton.jit
@@ -159,11 +166,13 @@ def store_token_kernel(
     allow_next_kernel(OVERLAP)
     start, m, n, s = load_request(requests, tl.program_id(0))
     if (m == 1) & (s > 0):
-        store_token(
+        k, v, alpha = load_token(
             key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
-            stride_alpha_head, state, start, n, s, layer, alpha_scale, alpha_offset, geo,
-            H_PAD, SHIFT, EVICT,
+            stride_alpha_head, start, geo, H_PAD,
         )  # fmt: skip
+        store_token(
+            k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD, SHIFT, EVICT
+        )
 
 
 @triton.jit(do_not_specialize=["alpha_ptr", "stride_alpha", "stride_alpha_head", "layer"])
@@ -201,11 +210,13 @@ def store_plan_kernel(
             start, m, n, s, layer, h, alpha_scale, alpha_offset, geo, SHIFT, EVICT, BLOCK,
         )  # fmt: skip
     elif (m == 1) & (s > 0) & (h == 0):
-        store_token(
+        k, v, alpha = load_token(
             key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
-            stride_alpha_head, state, start, n, s, layer, alpha_scale, alpha_offset, geo,
-            H_PAD, SHIFT, EVICT,
+            stride_alpha_head, start, geo, H_PAD,
         )  # fmt: skip
+        store_token(
+            k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD, SHIFT, EVICT
+        )
 
 
 @triton.jit(do_not_specialize=["layer", "num_reqs"])

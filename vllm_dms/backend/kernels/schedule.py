@@ -30,13 +30,14 @@ class Schedule(NamedTuple):
     partial: Any  # float32 [2 * PROGRAMS, G, D]: sum of weighted values
     partial_max: Any  # float32 [2 * PROGRAMS, G]: largest score, base 2
     partial_sum: Any  # float32 [2 * PROGRAMS, G]: sum of weights
+    done: Any  # int32 [PROGRAMS]: parts that are there of a shared row, by its first program
     N: Any
     PROGRAMS: Any
 
 
 # First tile of a program, the tile after its last; of the row of its first tile: the row's place
-# among the rows, its first tile, the tile after its last, row_query, row_state; if the program is
-# the row's second, the row's last program, else 0. One sector of memory.
+# among the rows, its first tile, the tile after its last, row_query, row_state; the tiles of all
+# rows. One sector of memory.
 BEGIN_FIELDS = tl.constexpr(8)
 
 
@@ -71,6 +72,7 @@ def allocate_schedule(
         partial=zeros(*parts, layout.head_dim, dtype=torch.float32),
         partial_max=zeros(*parts, dtype=torch.float32),
         partial_sum=zeros(*parts, dtype=torch.float32),
+        done=zeros(programs),
         N=rows,
         PROGRAMS=programs,
     )
@@ -185,9 +187,6 @@ def schedule_kernel(
     busy = mask & (tile < stop)  # so the row exists
     row_begin = tl.load(row_tile + i, mask=busy, other=0)
     row_end = tl.load(row_tile + i + 1, mask=busy, other=0)
-    before = first_tile(p - 1, num_tiles, schedule.PROGRAMS)
-    second = busy & (row_begin < tile) & (row_begin >= before)
-    last = tl.where(second, program_of(row_end - 1, num_tiles, schedule.PROGRAMS), 0)
     out = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
     tl.store(out, tile, mask=mask)
     tl.store(out + 1, stop, mask=mask)
@@ -197,4 +196,4 @@ def schedule_kernel(
     tl.store(out + 4, row_end, mask=busy)
     tl.store(out + 5, tl.load(schedule.row_query + i, mask=busy), mask=busy)
     tl.store(out + 6, tl.load(schedule.row_state + i, mask=busy), mask=busy)
-    tl.store(out + 7, last, mask=mask)
+    tl.store(out + 7, p * 0 + num_tiles, mask=busy)

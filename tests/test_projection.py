@@ -127,7 +127,8 @@ def test_the_plain_operations_are_those_of_vllms_modules(vllm_modules):
     out = views(borrowed, torch.empty(5, rotated_width(1, 4, 16)), 1, 4, 16)
     positions = torch.tensor([3, 0, 9, 1, 1])
     config = replace(BORROWED, zero="never")
-    project(projection, config, borrowed, positions, None, out)
+    with torch.no_grad():
+        project(projection, config, borrowed, positions, None, out)
     q, k, v = borrowed.split([64, 16, 16], -1)
     q = norms[0].forward_native(q.unflatten(-1, (4, 16)))
     k = norms[1].forward_native(k.unflatten(-1, (1, 16)))

@@ -13,7 +13,7 @@ from vllm_dms.backend.kernels.common import (
     load_request,
     wait_for_previous_kernel,
 )
-from vllm_dms.backend.kernels.store import load_tokens, store_token
+from vllm_dms.backend.kernels.store import load_rows, load_tokens, store_token
 
 
 @triton.jit
@@ -154,15 +154,17 @@ def project_token_kernel(
         h = tl.arange(0, H_PAD)
         mask = h < geo.H
         key_ptr = qkv_ptr + geo.H * G * geo.D
-        k = rotate_heads(key_ptr, h, mask, mask, k_norm_ptr, cos_sin_ptr, eps, geo, False, False)
+        live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
         v = load_tokens(key_ptr + geo.H * geo.D, 0, h * 0, h, mask, geo)
+        k = rotate_heads(key_ptr, h, mask, mask, k_norm_ptr, cos_sin_ptr, eps, geo, False, False)
         alpha = read_alpha(
             qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, h, mask, q_norm_ptr, eps,
             geo, G, PER_LAYER,
         )  # fmt: skip
         store_token(
-            k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD, SHIFT, EVICT
-        )
+            k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
+            SHIFT, EVICT,
+        )  # fmt: skip
 
 
 @triton.jit(

@@ -29,23 +29,30 @@ def load_tokens(ptr, stride, token, heads, mask, geo):
 
 
 @triton.jit
+def load_rows(state, n, s, layer, geo, H_PAD: tl.constexpr):
+    """Of the rows [H_PAD] of a state's layer: live slots, and verdicts on the tokens that leave as
+    token n arrives. Early, so that they are there when a new token is."""
+    h = tl.arange(0, H_PAD)
+    row = row_index(s, layer, h, geo)
+    verdict = tl.load(state.evict_ring + row * geo.R + n % geo.R, mask=h < geo.H, other=1)
+    live = tl.load(state.live + row, mask=h < geo.H, other=0)
+    return tl.where(n == 0, 0, live), verdict != 0
+
+
+@triton.jit
 def store_token(
-    k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo,
+    k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo,
     H_PAD: tl.constexpr, SHIFT: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """One new token of state s > 0: k and v [H_PAD, D_PAD], alpha [H_PAD]. The token that leaves,
-    unless evicted, is copied to a slot of its own; the new one takes its place in the ring. All
-    heads at once, so that pages are handed out without atomics."""
+    """One new token of state s > 0: k and v [H_PAD, D_PAD], alpha [H_PAD]; `load_rows`. The token
+    that leaves, unless evicted, is copied to a slot of its own; the new one takes its place in the
+    ring. All heads at once, so that pages are handed out without atomics."""
     h = tl.arange(0, H_PAD)
     mask_h = h < geo.H
     row = row_index(s, layer, h, geo)
     ring = h * 0 + n % geo.R
     full = n >= geo.R
-
     decision = decide(alpha, alpha_scale, alpha_offset) & EVICT
-    verdict = tl.load(state.evict_ring + row * geo.R + ring, mask=mask_h, other=1) != 0
-    live = tl.load(state.live + row, mask=mask_h, other=0)
-    live = tl.where(n == 0, 0, live)
 
     # The ring grows to its size; then a kept token takes slot `live`, the next of the survivors.
     kept = mask_h & full & (verdict == 0)
@@ -166,13 +173,15 @@ def store_token_kernel(
     allow_next_kernel(OVERLAP)
     start, m, n, s = load_request(requests, tl.program_id(0))
     if (m == 1) & (s > 0):
+        live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
         k, v, alpha = load_token(
             key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
             stride_alpha_head, start, geo, H_PAD,
         )  # fmt: skip
         store_token(
-            k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD, SHIFT, EVICT
-        )
+            k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
+            SHIFT, EVICT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["alpha_ptr", "stride_alpha", "stride_alpha_head", "layer"])
@@ -210,13 +219,15 @@ def store_plan_kernel(
             start, m, n, s, layer, h, alpha_scale, alpha_offset, geo, SHIFT, EVICT, BLOCK,
         )  # fmt: skip
     elif (m == 1) & (s > 0) & (h == 0):
+        live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
         k, v, alpha = load_token(
             key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
             stride_alpha_head, start, geo, H_PAD,
         )  # fmt: skip
         store_token(
-            k, v, alpha, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD, SHIFT, EVICT
-        )
+            k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
+            SHIFT, EVICT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["layer", "num_reqs"])

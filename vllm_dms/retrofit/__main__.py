@@ -10,6 +10,7 @@ import torch
 
 from . import checkpoint, data
 from .arguments import build_parser
+from .calibrate import check_live
 from .card import card
 from .determinism import deterministic
 from .evaluation import arm_line
@@ -55,10 +56,18 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
             return OK
         processes.say(f"{work / STATE} is not there: starting at step 0")
     checkpoint.check_dense(args.model, recipe.length)
+    if args.live:
+        check_live(args.live, recipe.window, recipe.length)
     train_rows, eval_rows = load_data(args, recipe)
     model = checkpoint.load_dense(args.model, dtype, recipe.length).to(device)
     trainer = Trainer(
-        model, train_rows, recipe, work, recompute=args.recompute, processes=processes
+        model,
+        train_rows,
+        recipe,
+        work,
+        recompute=args.recompute,
+        processes=processes,
+        init=args.init,
     )
     processes.say(description(trainer, dtype))
     if args.resume and (work / STATE).is_file():
@@ -72,11 +81,14 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
         return STOPPED
     if not processes.main:
         return OK
+    if args.live:
+        trainer.calibrate(args.live)
+        print(f"alpha_offset {recipe.alpha_offset:g} -> {trainer.dms.alpha_offset:g}", flush=True)
     result = trainer.evaluate(eval_rows)
     write_result(args, trainer, result)
     (work / STATE).unlink()
     print(f"wrote {args.out}")
-    return report(recipe, result)
+    return report(recipe, result, args.live)
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,18 +141,17 @@ def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> No
         "recipe": recipe.to_dict(),
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
+        "alpha_offset": trainer.dms.alpha_offset,
         "evaluation": result,
     }
     (work / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def report(recipe: Recipe, result: dict) -> int:
+def report(recipe: Recipe, result: dict, live: float | None = None) -> int:
     """Says what was asked and what was reached; -> exit code."""
-    asked, reached = recipe.live_ratio(result["length"]), result["live_compression"]
-    print(
-        f"asked     ratio {recipe.ratio:g} outside a window of {recipe.window}: {asked:.2f}x live "
-        f"at {result['length']} tokens"
-    )
+    asked, reached = live or recipe.live_ratio(result["length"]), result["live_compression"]
+    what = "--live" if live else f"ratio {recipe.ratio:g} outside a window of {recipe.window}"
+    print(f"asked     {what}: {asked:.2f}x live at {result['length']} tokens")
     print(arm_line("reached", result))
     # Not <: a NaN must fail.
     if reached >= SLACK * asked and result["kl_mean"] < float("inf"):

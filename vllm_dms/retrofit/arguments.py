@@ -17,9 +17,12 @@ HELP = {
     "micro_batch": "rows a forward",
     "length": "tokens a row",
     "lr": "learning rate; below about 1B parameters 2e-4 to 5e-4 work, and less evicts nothing",
+    "start_ratio": "compression target of the first step: with --init that of its training",
     "ramp": "share of the run in which the target rises",
     "penalty": "weight of the share that should have been evicted and was not",
     "tau": "temperature of the gate",
+    "bound": "decision logits are cut to this size while training, so that no head is lost to one "
+    "side for good; 6 works, 0: none",
     "alpha_scale": "scale of the decision logit",
     "alpha_offset": "offset of the decision logit",
     "seed": "of batches and noise",
@@ -78,6 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write a whole checkpoint, not an adapter over MODEL (always so with --dialect "
         "borrowed or --train all)",
+    )
+    parser.add_argument(
+        "--init", metavar="ADAPTER", type=Path, help="adapter whose decisions training starts from"
+    )
+    parser.add_argument(
+        "--live",
+        type=float,
+        metavar="RATIO",
+        help="after training, shift alpha_offset until training rows reach this live ratio at "
+        "--length tokens (default: leave it)",
     )
     parser.add_argument(
         "--base-name",

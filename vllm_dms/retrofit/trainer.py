@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from . import data
-from .checkpoint import prepare
+from .calibrate import calibrate
+from .checkpoint import prepare, start_from
 from .evaluation import Evaluation
 from .forward import forward
 from .gates import GumbelSigmoid
@@ -21,6 +22,7 @@ from .progress import Progress, asked_to_stop
 from .recipe import Recipe
 
 STATE, LOG = "state.pt", "log.jsonl"
+CALIBRATION_ROWS = 32
 
 
 class Trainer:
@@ -36,7 +38,9 @@ class Trainer:
         *,
         recompute: int | None = None,
         processes: Processes | None = None,
+        init: Path | None = None,
     ):
+        """init: an adapter whose decisions are the first ones."""
         self.processes = processes or Processes()
         num_micro = recipe.batch // recipe.micro_batch
         if num_micro % self.processes.size:
@@ -51,6 +55,8 @@ class Trainer:
         shared = recipe.train == "decisions" and recipe.dialect == "adapter"
         self.teacher = model if shared else copy.deepcopy(model).requires_grad_(False)
         self.trained = prepare(model, self.dms, recipe.train == "all")
+        if init:
+            start_from(init, model, self.trained)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -156,7 +162,7 @@ class Trainer:
         total = 0.0
         for index, ids in self.processes.share(parts):
             seed = (recipe.seed * 1_000_003 + self.step) * 64 + index
-            kl, evict = self.student_loss(ids, GumbelSigmoid(recipe.tau, seed))
+            kl, evict = self.student_loss(ids, GumbelSigmoid(recipe.tau, seed, recipe.bound))
             shortfall = (recipe.target_share(progress) - evict.mean()).clamp_min(0)
             ((kl + recipe.penalty * shortfall) / len(parts)).backward()
             total = total + self.figures(kl.detach(), evict.detach()) / len(parts)
@@ -202,6 +208,12 @@ class Trainer:
             student = forward(self.model, ids, self.dms, gate, recompute=self.recompute)
             kl = forward_kl(student.hidden, teacher, self.model.lm_head, self.teacher.lm_head)
         return kl.mean(), student.evict
+
+    def calibrate(self, live: float) -> None:
+        """Shifts the threshold to where training rows reach the ratio `live`."""
+        self.dms = calibrate(
+            self.model, self.dms, self.rows[:CALIBRATION_ROWS], live, self.autocast
+        )
 
     def evaluate(self, rows: torch.Tensor) -> dict:
         """The decisions as they are served, on rows (N, T) not trained on."""

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from .evaluation import arm_line
 from .plot import plot_log
 from .processes import Processes, joined
 from .recipe import Recipe
+from .sharding import check_shard, held
 from .trainer import LOG, STATE, Trainer
 
 OK, MISSED, STOPPED = 0, 1, 130
@@ -56,10 +57,14 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
             return OK
         processes.say(f"{work / STATE} is not there: starting at step 0")
     checkpoint.check_dense(args.model, recipe.length)
+    if args.shard:
+        check_shard(processes, recipe, merged(args, recipe))
+        processes = replace(processes, shard=True)
     if args.live:
         check_live(args.live, recipe.window, recipe.length)
     train_rows, eval_rows = load_data(args, recipe)
-    model = checkpoint.load_dense(args.model, dtype, recipe.length).to(device)
+    model = checkpoint.load_dense(args.model, dtype, recipe.length)
+    model = model if args.shard else model.to(device)
     trainer = Trainer(
         model,
         train_rows,
@@ -68,6 +73,7 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
         recompute=args.recompute,
         processes=processes,
         init=args.init,
+        device=device,
     )
     processes.say(description(trainer, dtype))
     if args.resume and (work / STATE).is_file():
@@ -79,12 +85,14 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     if not trainer.run(minutes, args.log_every, args.save_minutes, tokens_after=after):
         processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
         return STOPPED
-    if not processes.main:
+    if not processes.main and not processes.shard:  # a shard's weights are asked for until the end
         return OK
     if args.live:
         trainer.calibrate(args.live)
-        print(f"alpha_offset {recipe.alpha_offset:g} -> {trainer.dms.alpha_offset:g}", flush=True)
+        processes.say(f"alpha_offset {recipe.alpha_offset:g} -> {trainer.dms.alpha_offset:g}")
     result = trainer.evaluate(eval_rows)
+    if not processes.main:
+        return OK
     write_result(args, trainer, result)
     (work / STATE).unlink()
     print(f"wrote {args.out}")
@@ -122,7 +130,8 @@ def description(trainer: Trainer, dtype: torch.dtype) -> str:
         f"{trainer.recompute} of {layers} layers recomputed\n"
         f"{len(trainer.rows)} rows of {recipe.length} tokens, "
         f"{recipe.steps * recipe.batch / len(trainer.rows):.2f} epochs in {recipe.steps} steps\n"
-        f"{trained} trained parameters in {len(trainer.trained)} tensors"
+        f"{trained} trained parameters in {len(trainer.trained)} tensors; "
+        f"{held(trainer.model)} parameters held"
     )
 
 

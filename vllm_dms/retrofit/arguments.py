@@ -106,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: as many as this GPU needs)",
     )
     parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun, each GPU holds only its share of the layers' weights (FSDP2): for a "
+        "base that does not fit one",
+    )
+    parser.add_argument(
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -20,6 +20,7 @@ from .memory import layers_to_recompute
 from .processes import Processes
 from .progress import Progress, asked_to_stop
 from .recipe import Recipe
+from .sharding import shard
 
 STATE, LOG = "state.pt", "log.jsonl"
 CALIBRATION_ROWS = 32
@@ -39,8 +40,10 @@ class Trainer:
         recompute: int | None = None,
         processes: Processes | None = None,
         init: Path | None = None,
+        device: torch.device | None = None,
     ):
-        """init: an adapter whose decisions are the first ones."""
+        """init: an adapter whose decisions are the first ones; device: where shares of a model that
+        is whole on the CPU go, if they are to be shared (processes.shard)."""
         self.processes = processes or Processes()
         num_micro = recipe.batch // recipe.micro_batch
         if num_micro % self.processes.size:
@@ -57,6 +60,8 @@ class Trainer:
         self.trained = prepare(model, self.dms, recipe.train == "all")
         if init:
             start_from(init, model, self.trained)
+        if self.processes.shard:
+            shard(model, self.trained.values(), device or model.device, self.processes.size)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0
         )

@@ -119,6 +119,8 @@ def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811
     assert list(arms) == ["dms", "random eviction", "window only"] and live[0] > 1.3
     assert all(abs(x / live[0] - 1) < 0.1 for x in live)
     assert set(arms["dms"]["at_length"]) == {"12", "24", "48"}
+    for picture in (out.with_suffix(".png"), tmp_path / "adapter" / "evaluation.png"):
+        assert picture.stat().st_size > 10_000
 
 
 def test_compare_is_the_kl_of_whole_logits(monkeypatch):

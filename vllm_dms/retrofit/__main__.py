@@ -14,10 +14,11 @@ from .calibrate import check_live
 from .card import card
 from .determinism import deterministic
 from .evaluation import arm_line
-from .plot import plot_log
+from .plot import plot_evaluation, plot_log
 from .processes import Processes, joined
 from .recipe import Recipe
 from .sharding import check_shard, held
+from .tracking import Tracker, tracking
 from .trainer import LOG, STATE, Trainer
 
 OK, MISSED, STOPPED = 0, 1, 130
@@ -44,30 +45,59 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     """The whole command; -> its exit code."""
     started = time.monotonic()
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    wide = recipe.train == "all" or device.type == "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if wide else "bfloat16"))
-    if recipe.train == "all" and dtype != torch.float32:
-        raise ValueError(
-            "--train all needs --dtype float32: bfloat16 weights swallow small updates."
-        )
+    processes = replace(processes, shard=args.shard)
+    dtype = check(args, recipe, processes, device)
     work = args.out / "training"
     if args.resume and not (work / STATE).is_file():
         if (work / SUMMARY).is_file():
             processes.say(f"{args.out} is finished: nothing to resume")
             return OK
         processes.say(f"{work / STATE} is not there: starting at step 0")
+    with tracking(args.report_to, work, recipe, processes.main) as tracker:
+        train_rows, eval_rows = load_data(args, recipe)
+        trainer = make_trainer(args, recipe, train_rows, dtype, processes, device)
+        # What has passed counts, and so does what comes after the last step.
+        minutes = max(args.max_minutes - (time.monotonic() - started) / 60, 1e-9)
+        after, often = eval_rows.numel(), (args.log_every, args.save_minutes)
+        if not trainer.run(minutes, *often, tokens_after=after, tracker=tracker):
+            processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
+            return STOPPED
+        return conclude(args, trainer, eval_rows, tracker)
+
+
+def check(
+    args: argparse.Namespace, recipe: Recipe, processes: Processes, device: torch.device
+) -> torch.dtype:
+    """Refuses what does not go together, before anything slow; -> dtype of the frozen weights"""
+    wide = recipe.train == "all" or device.type == "cpu"
+    dtype = getattr(torch, args.dtype or ("float32" if wide else "bfloat16"))
+    if recipe.train == "all" and dtype != torch.float32:
+        raise ValueError(
+            "--train all needs --dtype float32: bfloat16 weights swallow small updates."
+        )
     checkpoint.check_dense(args.model, recipe.length)
-    if args.shard:
+    if processes.shard:
         check_shard(processes, recipe, merged(args, recipe))
-        processes = replace(processes, shard=True)
     if args.live:
         check_live(args.live, recipe.window, recipe.length)
-    train_rows, eval_rows = load_data(args, recipe)
+    return dtype
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    processes: Processes,
+    device: torch.device,
+) -> Trainer:
+    """At step 0, or where --resume finds it."""
     model = checkpoint.load_dense(args.model, dtype, recipe.length)
-    model = model if args.shard else model.to(device)
+    model = model if processes.shard else model.to(device)
+    work = args.out / "training"
     trainer = Trainer(
         model,
-        train_rows,
+        rows,
         recipe,
         work,
         recompute=args.recompute,
@@ -79,12 +109,14 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     if args.resume and (work / STATE).is_file():
         trainer.resume()
         processes.say(f"resumed at step {trainer.step}")
-    # What has passed counts, and so does what comes after the last step.
-    minutes = max(args.max_minutes - (time.monotonic() - started) / 60, 1e-9)
-    after = eval_rows.numel()
-    if not trainer.run(minutes, args.log_every, args.save_minutes, tokens_after=after):
-        processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
-        return STOPPED
+    return trainer
+
+
+def conclude(
+    args: argparse.Namespace, trainer: Trainer, eval_rows: torch.Tensor, tracker: Tracker
+) -> int:
+    """Threshold, evaluation and files; -> exit code"""
+    processes, recipe = trainer.processes, trainer.recipe
     if not processes.main and not processes.shard:  # a shard's weights are asked for until the end
         return OK
     if args.live:
@@ -93,8 +125,9 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     result = trainer.evaluate(eval_rows)
     if not processes.main:
         return OK
+    tracker.log(result, trainer.step, "evaluation/")
     write_result(args, trainer, result)
-    (work / STATE).unlink()
+    (trainer.work / STATE).unlink()
     print(f"wrote {args.out}")
     return report(recipe, result, args.live)
 
@@ -142,10 +175,11 @@ def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> No
         checkpoint.save_merged(model, trainer.dms, recipe.tau, args.model, args.out, save_dtype)
     else:
         base = args.base_name or str(args.model.resolve())
-        readme = card(base, recipe, args.data, trainer.step, result)
+        readme = card(base, recipe, args.data, trainer.step, result, args.init)
         checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype, readme)
-    if not plot_log(work / LOG, work / "curves.png"):
-        print("no plot: matplotlib is not installed")
+    drawn = plot_log(work / LOG, work / "curves.png")
+    if not plot_evaluation({"reached": result}, args.out / "evaluation.png") or not drawn:
+        print("no plots: matplotlib is not installed")
     summary = {
         "recipe": recipe.to_dict(),
         "steps": trainer.step,

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .recipe import Recipe
+from .tracking import TRACKERS
 
 HELP = {
     "ratio": "final compression target",
@@ -125,6 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=float("inf"),
         help="finish within this time: schedules follow the clock where it runs ahead of the "
         "steps, so the result depends on it",
+    )
+    parser.add_argument(
+        "--report-to",
+        choices=TRACKERS,
+        default="none",
+        help="a tracker beside OUT/training/log.jsonl, through the package accelerate",
     )
     parser.add_argument("--log-every", type=int, default=10, help="steps between log records")
     parser.add_argument(

@@ -21,6 +21,7 @@ from .processes import Processes
 from .progress import Progress, asked_to_stop
 from .recipe import Recipe
 from .sharding import shard
+from .tracking import Tracker
 
 STATE, LOG = "state.pt", "log.jsonl"
 CALIBRATION_ROWS = 32
@@ -114,6 +115,7 @@ class Trainer:
         save_minutes: float = 5.0,
         stop_after: int | None = None,
         tokens_after: int = 0,
+        tracker: Tracker | None = None,
     ) -> bool:
         """Trains to the last step, or `max_minutes` long: schedules are squeezed into that. Time is
         left for `tokens_after` more tokens at the speed of training.
@@ -143,6 +145,8 @@ class Trainer:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     progress.show(record)
+                    if tracker:
+                        tracker.log(record, self.step)
                 self.step += 1
                 if main and time.monotonic() - saved > 60 * save_minutes:
                     self.save_state()

@@ -136,7 +136,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[torch.Tensor, t
     """-> rows to train on, rows to judge by"""
     from transformers import AutoTokenizer
 
-    data.check_source(args.data)
+    for source in args.data:
+        data.check_source(source)
     if args.eval_data:
         data.check_source(args.eval_data, "--eval-data")
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -51,8 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         required=True,
+        action="append",
         help='.jsonl, .json or .parquet of records with "text" or "messages", plain text, or the '
-        "name of a Hugging Face dataset, which is streamed",
+        "name of a Hugging Face dataset, which is streamed; several times: equal parts of each",
     )
     parser.add_argument(
         "--eval-data", help="as --data, for the final evaluation (default: the end of --data)"

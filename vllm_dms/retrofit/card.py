@@ -6,9 +6,9 @@ from .recipe import Recipe
 
 
 def card(
-    base: str, recipe: Recipe, data: str, steps: int, result: dict, init: Path | None = None
+    base: str, recipe: Recipe, data: list[str], steps: int, result: dict, init: Path | None = None
 ) -> str:
-    data = Path(data).name if Path(data).is_file() else data
+    names = ", ".join(Path(name).name if Path(name).is_file() else name for name in data)
     tokens = steps * recipe.batch * recipe.length
     begun = f", from the decisions of {init.name}" if init else ""
     lines = [
@@ -17,9 +17,9 @@ def card(
         "Decides, per layer and KV head, which tokens the KV cache may forget once they leave a "
         f"window of {recipe.window} tokens. The base model's own weights are untouched.",
         "",
-        f"Trained by `python -m vllm_dms.retrofit` on {data}: {steps} steps of {recipe.batch} rows "
-        f"of {recipe.length} tokens ({tokens / 1e6:.1f} M), ratio {recipe.ratio:g}, learning rate "
-        f"{recipe.lr:g}, seed {recipe.seed}{begun}.",
+        f"Trained by `python -m vllm_dms.retrofit` on {names}: {steps} steps of {recipe.batch} "
+        f"rows of {recipe.length} tokens ({tokens / 1e6:.1f} M), ratio {recipe.ratio:g}, learning "
+        f"rate {recipe.lr:g}, seed {recipe.seed}{begun}.",
         "",
         f"On {result['rows']} rows that were not trained on, against the base model:",
         "",

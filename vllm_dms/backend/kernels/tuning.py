@@ -25,7 +25,7 @@ class Tuning:
 
 def default_tuning(layout: ArenaLayout) -> Tuning:
     tuning = Tuning()
-    if layout.storage.name == "fp8":
+    if layout.storage.name in ("fp8", "int4"):
         tuning = Tuning(decode_warps=2, programs_per_sm=6)
     elif layout.storage.dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         tuning = Tuning(decode_block=32)

@@ -159,8 +159,8 @@ class Int4Storage(Storage):
     group with NaN or infinity is NaN as a whole.
 
     Word w of a vector, 16 bits, is channel w of each group, the first group's lowest. K's scales
-    are 16 bits a group: a positive float16 without its last 6 bits, then ``CENTER_BITS`` of a
-    two's complement number of quarter steps. V's are 8 bits: a float16 without its last 7 bits.
+    are 16 bits a group: a positive float16 without its last 6 bits, then ``CENTER_BITS`` that count
+    quarter steps from -64. V's are 8 bits: a positive float16 without its last 7 bits.
     """
 
     dtype: torch.dtype = torch.uint8
@@ -209,7 +209,7 @@ class Int4Storage(Storage):
         center = center.clamp(-self.MAX_CENTER, self.MAX_CENTER)
         n = round_to_nibble(x * reciprocal - center * 0.25 + 7.5, finite)
         bits = torch.where(finite, float16_bits(scale) >> 6, 0x1FF) << self.CENTER_BITS
-        word = bits | (center.int() & ((1 << self.CENTER_BITS) - 1))
+        word = bits | (center.int() + (1 << (self.CENTER_BITS - 1)))
         return pack(n), word.squeeze(-1).to(torch.int16).view(SCALE_DTYPE)
 
     def decode_key(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -217,8 +217,8 @@ class Int4Storage(Storage):
         bits = word >> self.CENTER_BITS
         scale = nan_of_all_ones((bits << 6).to(torch.int16).view(torch.float16), bits == 0x1FF)
         half = 1 << (self.CENTER_BITS - 1)
-        center = ((word & (2 * half - 1)) ^ half) - half
-        x = (unpack(values) - 7.5 + center.unsqueeze(-1) * 0.25) * scale.unsqueeze(-1)
+        center = ((word & (2 * half - 1)) - half) * 0.25
+        x = (unpack(values) - 7.5 + center.unsqueeze(-1)) * scale.unsqueeze(-1)
         return (rotate(x) / x.shape[-1]).flatten(-2)
 
 

@@ -14,13 +14,12 @@ from vllm_dms.backend.kernels.pages_int4 import (
     hadamard,
     int4_scales,
     int4_words,
-    key_center,
     key_scale,
     value_scale,
 )
 
-# Weights are multiplied with it, or the smallest would be lost in float16.
-WEIGHT_UNIT = tl.constexpr(4096.0)
+# The largest weight is 2 to this power, or the smallest ones would be lost in float16.
+WEIGHT_BITS = tl.constexpr(12.0)
 
 
 @triton.jit
@@ -101,19 +100,25 @@ def join_groups(a, b, c, d):
 
 
 @triton.jit
-def score_group(scores, k, q, sums, word, COUNTS: tl.constexpr):
-    """Add the scores of a group: k [N, W] in which a step counts COUNTS, q [W, M] whose columns add
-    up to ``sums``, word [N] with the scale and center of K."""
-    scale = key_scale(word, tl.float32) * (1 / COUNTS)
-    shift = (key_center(word) - 7.5) * COUNTS - 1024.0
-    scores += tl.dot(k, q) * scale[:, None]
-    return scores + (scale * shift)[:, None] * sums[None, :]
+def key_shift(word, COUNTS: tl.constexpr):
+    """What K's nibbles count from, if a step counts COUNTS and they are on top of 1024."""
+    biased = ((word & 0x7F) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return biased * (0.25 * COUNTS) - (((1024 + 64) * 0.25 + 7.5) * COUNTS + 1024.0)
 
 
 @triton.jit
-def add_group(acc, v, weights, byte, decay, unit):
+def score_group(scores, k, q, sums, word, COUNTS: tl.constexpr):
+    """Add the scores of a group: k [N, W] in which a step counts COUNTS, q [W, M] whose columns add
+    up to ``sums``, word [N] with the scale and center of K."""
+    scale = key_scale(word, tl.float32)
+    scores += tl.dot(k, q) * scale[:, None]
+    return scores + (scale * key_shift(word, COUNTS))[:, None] * sums[None, :]
+
+
+@triton.jit
+def add_group(acc, v, weights, byte, decay, per_unit):
     """acc [W, M] decayed, and v [W, N] with ``weights`` [N, M] times the scale in ``byte``."""
-    weights = weights * (value_scale(byte, tl.float32) / unit)[:, None]
+    weights = weights * (value_scale(byte, tl.float32) * per_unit)[:, None]
     return tl.dot(v, weights.to(tl.float16), acc * decay[None, :])
 
 
@@ -133,6 +138,7 @@ def attend_row_int4(
     q_scale = largest * (score_scale / W)
     q = tl.reshape(tl.trans(q.to(tl.float16)), [BLOCK_M, 4 * W])
     qa, qb, qc, qd = split_groups(q, BLOCK_M, W)
+    qb, qd = qb * (1 / 16), qd * (1 / 16)
     qa, qb, qc, qd = tl.trans(qa), tl.trans(qb), tl.trans(qc), tl.trans(qd)
     sum_a, sum_b = tl.sum(qa.to(tl.float32), 0), tl.sum(qb.to(tl.float32), 0)
     sum_c, sum_d = tl.sum(qc.to(tl.float32), 0), tl.sum(qd.to(tl.float32), 0)
@@ -162,7 +168,7 @@ def attend_row_int4(
         scores = score_group(scores, kc, qc, sum_c, cd, 1)
         scores = score_group(scores, kd, qd, sum_d, cd >> 16, 16) * q_scale[None, :]
         scores = tl.where(mask[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
+        new_top = tl.maximum(top, tl.max(scores, 0) - WEIGHT_BITS)
         weights = tl.exp2(scores - new_top[None, :])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, 0)
@@ -171,16 +177,15 @@ def attend_row_int4(
         bits = tl.maximum(v_scales & 0xFF, (v_scales >> 8) & 0xFF)
         bits = tl.maximum(bits, tl.maximum((v_scales >> 16) & 0xFF, (v_scales >> 24) & 0xFF))
         new_unit = tl.maximum(unit, value_scale(tl.max(bits, 0), tl.float32))
-        decay *= unit / new_unit
+        per_unit = 1.0 / new_unit
+        decay *= unit * per_unit
         unit = new_unit
-        weights *= WEIGHT_UNIT
         # Loaded as a transpose: transposed later, it would not be prefetched.
         v_ptr = tl.trans(ptr + geo.P * geo.WIDTH // 2)
         va, vb, vc, vd = widen_values(tl.load(v_ptr, mask=tl.trans(mask_w), other=0))
-        a = add_group(a, va, weights, v_scales, decay, unit)
-        b = add_group(b, vb, weights, v_scales >> 8, decay, unit)
-        c = add_group(c, vc, weights, v_scales >> 16, decay, unit)
-        d = add_group(d, vd, weights, v_scales >> 24, decay, unit)
-    unit = unit / WEIGHT_UNIT
+        a = add_group(a, va, weights, v_scales, decay, per_unit)
+        b = add_group(b, vb, weights, v_scales >> 8, decay, per_unit)
+        c = add_group(c, vc, weights, v_scales >> 16, decay, per_unit)
+        d = add_group(d, vd, weights, v_scales >> 24, decay, per_unit)
     acc = join_groups(tl.trans(a), tl.trans(b) * (1 / 16), tl.trans(c), tl.trans(d) * (1 / 16))
     return acc * unit, top, total

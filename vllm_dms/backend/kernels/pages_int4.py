@@ -90,7 +90,7 @@ def quantize_key(x):
     center = tl.minimum(tl.maximum(center, -MAX_CENTER), MAX_CENTER)
     n = x * r[:, :, None] - (center * 0.25)[:, :, None] + 7.5 + WHOLE - WHOLE
     bits = tl.where(finite, float16_bits(scale) >> 6, 0x1FF) << 7
-    return pack_words(n, finite), (bits | (center.to(tl.int32) & 0x7F)).to(tl.int16)
+    return pack_words(n, finite), (bits | (center.to(tl.int32) + 64)).to(tl.int16)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def key_scale(word, dtype: tl.constexpr):
 @triton.jit
 def key_center(word):
     """The center of K in a word of 16 bits, in steps."""
-    return ((word << 25) >> 25).to(tl.float32) * 0.25
+    return ((word & 0x7F) - 64).to(tl.float32) * 0.25
 
 
 @triton.jit

@@ -116,6 +116,17 @@ def score_group(scores, k, q, sums, word, COUNTS: tl.constexpr):
 
 
 @triton.jit
+def largest_scale(scales):
+    """The largest of V's four, NaN left out."""
+    a, b = value_scale(scales, tl.float32), value_scale(scales >> 8, tl.float32)
+    c, d = value_scale(scales >> 16, tl.float32), value_scale(scales >> 24, tl.float32)
+    if INTERPRETED:  # whose maximum of a number and NaN is NaN
+        a, b = tl.where(a == a, a, 0.0), tl.where(b == b, b, 0.0)
+        c, d = tl.where(c == c, c, 0.0), tl.where(d == d, d, 0.0)
+    return tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+
+
+@triton.jit
 def add_group(acc, v, weights, byte, decay, per_unit):
     """acc [W, M] decayed, and v [W, N] with ``weights`` [N, M] times the scale in ``byte``."""
     weights = weights * (value_scale(byte, tl.float32) * per_unit)[:, None]
@@ -173,10 +184,7 @@ def attend_row_int4(
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, 0)
         top = new_top
-        # As whole numbers float16's bits have the order of the scales.
-        bits = tl.maximum(v_scales & 0xFF, (v_scales >> 8) & 0xFF)
-        bits = tl.maximum(bits, tl.maximum((v_scales >> 16) & 0xFF, (v_scales >> 24) & 0xFF))
-        new_unit = tl.maximum(unit, value_scale(tl.max(bits, 0), tl.float32))
+        new_unit = tl.maximum(unit, tl.max(largest_scale(v_scales), 0))
         per_unit = 1.0 / new_unit
         decay *= unit * per_unit
         unit = new_unit

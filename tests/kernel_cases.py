@@ -145,8 +145,9 @@ def assert_as_good_as_plain(case: Case, found: Sequence, plain: Sequence) -> Non
     """The one tolerance: the error against exact attention in float32 is at most twice that of the
     plain operations on the same inputs, plus a floor of a few roundings of the largest output.
 
-    With FP8 or 4-bit storage the error is that of rounding keys and values, which a query sees unrounded as
-    long as they are in its own chunk: how many depends on the chunk, and on the query block.
+    With FP8 or 4-bit storage the error is that of rounding keys and values, which a query sees
+    unrounded as long as they are in its own chunk: how many depends on the chunk, and on the query
+    block.
     """
     exact = plain.expected(case.config(), case.dim**-0.5)
     out, baseline = (torch.cat(seq.outputs).float() for seq in (found, plain))

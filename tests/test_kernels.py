@@ -1,5 +1,6 @@
 """Laws of the Triton kernels beside their equality with the plain operations (`test_triton_ops`):
-what FP8 and 4 bits store, what rounding and chunking may not change, the null state, what is refused."""
+what FP8 and 4 bits store, what rounding and chunking may not change, the null state, what is
+refused."""
 
 from dataclasses import replace
 

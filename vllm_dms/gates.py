@@ -156,7 +156,7 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
         logger.warning("--attention-backend %s has no effect: DMS brings its own.", backend.name)
     # For `vllm:cache_config_info`, which shows what this object holds.
     cache.dms_cache_dtype = cache.cache_dtype
-    # The pages hold the model's dtype, or FP8 or 4 bits by DMS's own rule; vLLM's tables know neither name.
+    # What the pages hold is DMS's own rule; vLLM's tables know none of its names.
     cache.cache_dtype = "auto"
     vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}
     vllm_config.kv_transfer_config = transfer_config()

@@ -32,6 +32,8 @@ def default_tuning(layout: ArenaLayout) -> Tuning:
         tuning = Tuning(decode_warps=2, programs_per_sm=6, decode_registers=168)
     elif layout.storage.dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         tuning = Tuning(decode_block=32)
+    if layout.storage.name == "int4":  # more of them would not fit in registers
+        tuning = replace(tuning, prefill_block=32)
     if layout.head_dim > 128:  # to fit the shared memory of GPUs before Hopper
         tuning = replace(tuning, prefill_block=32, prefill_stages=2)
     return tuning

@@ -193,7 +193,7 @@ class Arena:
             for head in range(HEADS):
                 slot = torch.arange(int(state.live[index, layer, head]), device=self.device)
                 where = locate_slots(state, index, layer, torch.full_like(slot, head), slot)
-                rows += [part[where].float() for part in state.pages]
+                rows += [as_bytes(part)[where] for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
         ops.begin_step(self.batch)

@@ -4,9 +4,9 @@ because a process either interprets kernels or compiles them.
     python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY PAGE_SIZE MAX_PAGES
 
 STORAGE: bfloat16, float16, ..., fp8 or int4; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row,
-which has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of a
-thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of a
-program's shared memory, and how often it accesses memory before it waits for the kernel before it
+which has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of
+a thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of
+a program's shared memory, and how often it accesses memory before it waits for the kernel before it
 (null: it doesn't).
 """
 

@@ -176,8 +176,7 @@ class TritonOps:
             query, output, query.stride(0), output.stride(0), self._state_args, schedule,
             layer, self._score_scale, self._geo, G=self.group,
             BLOCK_M=max(tuning.decode_rows, pad), BLOCK_N=tuning.decode_block,
-            num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
-            maxnreg=tuning.decode_registers, **self._overlapping,
+            num_warps=tuning.decode_warps, num_stages=tuning.decode_stages, **self._overlapping,
         )  # fmt: skip
         merge_kernel[(schedule.PROGRAMS, self.group)](
             output, output.stride(0), schedule, layer, self._geo, G=self.group,

@@ -13,7 +13,6 @@ class Tuning:
     decode_rows: int = 8  # query heads per tile, the rest of them padding
     decode_warps: int = 4
     decode_stages: int = 2
-    decode_registers: int | None = None  # of a thread, at most; None: as the compiler likes
     programs_per_sm: int = 3  # of decode: as many as run at once
     programs: int = 0  # of decode in all, if not 0
     merge_block: int = 64  # most partial results of a row that are merged together
@@ -29,7 +28,8 @@ def default_tuning(layout: ArenaLayout) -> Tuning:
     if layout.storage.name == "fp8":
         tuning = Tuning(decode_warps=2, programs_per_sm=6)
     elif layout.storage.name == "int4":
-        tuning = Tuning(decode_warps=2, programs_per_sm=6, decode_registers=168)
+        # A warp by itself waits for no other: of four products and scales a tile has many steps.
+        tuning = Tuning(decode_block=32, decode_warps=1, decode_stages=4, programs_per_sm=8)
     elif layout.storage.dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         tuning = Tuning(decode_block=32)
     if layout.storage.name == "int4":  # more of them would not fit in registers

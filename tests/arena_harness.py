@@ -131,7 +131,8 @@ class Harness:
         if batch.max_query_len > 1:
             self.ops.prefill(batch, layer, query, key, value, output)
             self.ops.store_window(batch, layer, key, value)
-        self.ops.decode(batch, layer, query, output)
+        if batch.may_decode:
+            self.ops.decode(batch, layer, query, output)
 
     def make_batch(self, work, padding=0):
         """Padding rows have no tokens and resolve to the null state, as in a CUDA graph."""

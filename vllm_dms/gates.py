@@ -31,7 +31,7 @@ logger = init_logger(__name__)
 CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8", "dms_int4": "int4"}
 CONNECTOR = "DMSConnector"
 # vLLM's own list plus ours; set before vLLM fills in its default.
-ATTENTION_OP = "vllm_dms::attention"
+ATTENTION_OPS = ("vllm_dms::attention", "vllm_dms::attention_of_projection")
 
 
 def prepare(engine_args: Any) -> None:
@@ -164,8 +164,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
     splitting = compilation.splitting_ops
     if splitting is None:
         splitting = [*compilation._attention_ops]
-    if splitting and ATTENTION_OP not in splitting:
-        compilation.splitting_ops = [*splitting, ATTENTION_OP]
+    if splitting:
+        missing = [op for op in ATTENTION_OPS if op not in splitting]
+        compilation.splitting_ops = [*splitting, *missing]
     _select_model(vllm_config)
 
 

@@ -143,8 +143,11 @@ class FP8Storage(Storage):
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, limit = x.float(), torch.finfo(self.dtype).max
         scales = (x.abs().amax(-1, keepdim=True) / limit).to(SCALE_DTYPE)
-        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        return (x / scales.float()).clamp(-limit, limit).to(self.dtype), scales
+        # A vector that small, down to zeros, becomes zeros: its reciprocal would be infinite.
+        small = scales < torch.finfo(SCALE_DTYPE).tiny
+        scales = torch.where(small, torch.ones_like(scales), scales)
+        # A product with the reciprocal: a division for each channel costs more than the store.
+        return (x * (1.0 / scales.float())).clamp(-limit, limit).to(self.dtype), scales
 
     def decode(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values.float() * scales.float()

@@ -5,7 +5,7 @@ import triton
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import SCALE_DTYPE
-from vllm_dms.backend.kernels.common import Geometry, StateArgs
+from vllm_dms.backend.kernels.common import Geometry, Requests, StateArgs
 from vllm_dms.backend.kernels.tuning import Tuning
 from vllm_dms.backend.state import ArenaState
 
@@ -49,6 +49,12 @@ def make_geometry(layout: ArenaLayout, max_num_seqs: int, tuning: Tuning) -> Geo
         SCALES=storage.num_scales,
         SCALES_PAD=triton.next_power_of_2(storage.num_scales),
         PAGE_SCALES=layout.page_bytes // SCALE_DTYPE.itemsize,
+    )
+
+
+def make_requests(geo: Geometry, device: torch.device) -> Requests:
+    return Requests(
+        *torch.zeros(len(Requests._fields), geo.MAX_REQS, dtype=torch.int32, device=device)
     )
 
 

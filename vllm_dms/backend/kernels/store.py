@@ -28,48 +28,31 @@ def load_tokens(ptr, stride, token, heads, mask, geo):
     return tl.load(ptr + offs[:, None] + offs_d, mask=mask[:, None] & (offs_d < geo.D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def store_token_kernel(
-    key_ptr,
-    value_ptr,
-    alpha_ptr,
-    stride_key,
-    stride_value,
-    stride_alpha,
-    stride_alpha_head,
-    state,
-    batch,
-    layer,
-    alpha_scale,
-    alpha_offset,
-    geo,
-    H_PAD: tl.constexpr,
-    SHIFT: tl.constexpr,
-    EVICT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Grid (requests): one new token. The token that leaves, unless evicted, is copied to a slot of
-    its own; the new one takes its place in the ring. All heads at once, so that pages are handed
-    out without atomics."""
-    b = tl.program_id(0)
-    wait_for_previous_kernel(OVERLAP)
-    allow_next_kernel(OVERLAP)
-    start, m, n, s = load_request(state, batch, b)
-    if (m != 1) | (s == 0):
-        return
+@triton.jit
+def load_rows(state, n, s, layer, geo, H_PAD: tl.constexpr):
+    """Of the rows [H_PAD] of a state's layer: live slots, and verdicts on the tokens that leave as
+    token n arrives. Early, so that they are there when a new token is."""
+    h = tl.arange(0, H_PAD)
+    row = row_index(s, layer, h, geo)
+    verdict = tl.load(state.evict_ring + row * geo.R + n % geo.R, mask=h < geo.H, other=1)
+    live = tl.load(state.live + row, mask=h < geo.H, other=0)
+    return tl.where(n == 0, 0, live), verdict != 0
+
+
+@triton.jit
+def store_token(
+    k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo,
+    H_PAD: tl.constexpr, SHIFT: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """One new token of state s > 0: k and v [H_PAD, D_PAD], alpha [H_PAD]; `load_rows`. The token
+    that leaves, unless evicted, is copied to a slot of its own; the new one takes its place in the
+    ring. All heads at once, so that pages are handed out without atomics."""
     h = tl.arange(0, H_PAD)
     mask_h = h < geo.H
     row = row_index(s, layer, h, geo)
-    token = h * 0 + start
     ring = h * 0 + n % geo.R
     full = n >= geo.R
-
-    alpha_offs = start.to(tl.int64) * stride_alpha + h * stride_alpha_head
-    alpha = tl.load(alpha_ptr + alpha_offs, mask=mask_h, other=0.0)
     decision = decide(alpha, alpha_scale, alpha_offset) & EVICT
-    verdict = tl.load(state.evict_ring + row * geo.R + ring, mask=mask_h, other=1) != 0
-    live = tl.load(state.live + row, mask=mask_h, other=0)
-    live = tl.where(n == 0, 0, live)
 
     # The ring grows to its size; then a kept token takes slot `live`, the next of the survivors.
     kept = mask_h & full & (verdict == 0)
@@ -83,8 +66,6 @@ def store_token_kernel(
     copy_slots(state, geo, ring_page, ring, page, live, kept)
     # Below, other threads of this program overwrite what was read above.
     tl.debug_barrier()
-    k = load_tokens(key_ptr, stride_key, token, h, mask_h, geo)
-    v = load_tokens(value_ptr, stride_value, token, h, mask_h, geo)
     write_slots(state, geo, ring_page, ring, k, v, mask_h)
 
     bits = state.evict_ring + row * geo.R
@@ -99,6 +80,19 @@ def store_token_kernel(
 
 
 @triton.jit
+def load_token(
+    key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha, stride_alpha_head,
+    start, geo, H_PAD: tl.constexpr,
+):  # fmt: skip
+    """What `store_token` stores of token ``start`` of the batch."""
+    h = tl.arange(0, H_PAD)
+    k = load_tokens(key_ptr, stride_key, h * 0 + start, h, h < geo.H, geo)
+    v = load_tokens(value_ptr, stride_value, h * 0 + start, h, h < geo.H, geo)
+    alpha_offs = start.to(tl.int64) * stride_alpha + h * stride_alpha_head
+    return k, v, tl.load(alpha_ptr + alpha_offs, mask=h < geo.H, other=0.0)
+
+
+@triton.jit
 def chunk_verdict(alpha_ptr, stride, t, m, scale, offset, SHIFT: tl.constexpr, EVICT: tl.constexpr):
     """e of the chunk's tokens t [N]; False below 0 and where there is no verdict yet."""
     mask = (t >= 0) & (t + SHIFT < m)
@@ -106,31 +100,16 @@ def chunk_verdict(alpha_ptr, stride, t, m, scale, offset, SHIFT: tl.constexpr, E
     return decide(alpha, scale, offset) & mask & EVICT
 
 
-@triton.jit(do_not_specialize=["layer"])
-def store_plan_kernel(
-    alpha_ptr,
-    stride_alpha,
-    stride_alpha_head,
-    state,
-    batch,
-    num_survivors_ptr,
-    evict_ptr,
-    layer,
-    alpha_scale,
-    alpha_offset,
-    geo,
-    SHIFT: tl.constexpr,
-    EVICT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid (requests, H): verdicts, survivor counts and pages of a chunk of several tokens.
+@triton.jit
+def plan_chunk(
+    alpha_ptr, stride_alpha, stride_alpha_head, state, num_survivors_ptr, evict_ptr,
+    start, m, n, s, layer, h, alpha_scale, alpha_offset, geo,
+    SHIFT: tl.constexpr, EVICT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Verdicts, survivor counts and pages of one head of a chunk of several tokens.
 
     Fills num_survivors and evict [T, H] of `Scratch`, the row's page table, live and pages_used.
     """
-    b, h = tl.program_id(0), tl.program_id(1)
-    start, m, n, s = load_request(state, batch, b)
-    if m <= 1:
-        return
     row = row_index(s, layer, h, geo)
     alpha_ptr += start.to(tl.int64) * stride_alpha + h * stride_alpha_head
     live = tl.where((n == 0) | (s == 0), 0, tl.load(state.live + row))
@@ -169,25 +148,110 @@ def store_plan_kernel(
         tl.store(state.live + row, new_live)
 
 
+@triton.jit(do_not_specialize=["alpha_ptr", "stride_alpha", "stride_alpha_head", "layer"])
+def store_token_kernel(
+    key_ptr,
+    value_ptr,
+    alpha_ptr,
+    stride_key,
+    stride_value,
+    stride_alpha,
+    stride_alpha_head,
+    layer,
+    state,
+    requests,
+    alpha_scale,
+    alpha_offset,
+    geo,
+    H_PAD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EVICT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Grid (requests), each with one new token."""
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
+    start, m, n, s = load_request(requests, tl.program_id(0))
+    if (m == 1) & (s > 0):
+        live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
+        k, v, alpha = load_token(
+            key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
+            stride_alpha_head, start, geo, H_PAD,
+        )  # fmt: skip
+        store_token(
+            k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
+            SHIFT, EVICT,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["alpha_ptr", "stride_alpha", "stride_alpha_head", "layer"])
+def store_plan_kernel(
+    key_ptr,
+    value_ptr,
+    alpha_ptr,
+    stride_key,
+    stride_value,
+    stride_alpha,
+    stride_alpha_head,
+    layer,
+    state,
+    requests,
+    num_survivors_ptr,
+    evict_ptr,
+    alpha_scale,
+    alpha_offset,
+    geo,
+    H_PAD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EVICT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Grid (requests, H): a chunk of several tokens is planned head by head, a single token
+    stored."""
+    h = tl.program_id(1)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
+    start, m, n, s = load_request(requests, tl.program_id(0))
+    if m > 1:
+        plan_chunk(
+            alpha_ptr, stride_alpha, stride_alpha_head, state, num_survivors_ptr, evict_ptr,
+            start, m, n, s, layer, h, alpha_scale, alpha_offset, geo, SHIFT, EVICT, BLOCK,
+        )  # fmt: skip
+    elif (m == 1) & (s > 0) & (h == 0):
+        live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
+        k, v, alpha = load_token(
+            key_ptr, value_ptr, alpha_ptr, stride_key, stride_value, stride_alpha,
+            stride_alpha_head, start, geo, H_PAD,
+        )  # fmt: skip
+        store_token(
+            k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
+            SHIFT, EVICT,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["layer", "num_reqs"])
 def store_copy_kernel(
     key_ptr,
     value_ptr,
     stride_key,
     stride_value,
-    state,
-    batch,
-    num_survivors_ptr,
-    evict_ptr,
     num_reqs,
     layer,
+    state,
+    requests,
+    num_survivors_ptr,
+    evict_ptr,
     geo,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (blocks of tokens, H): copy what leaves the window and is kept, as planned."""
     h = tl.program_id(1)
-    b, t0 = find_request(batch, tl.program_id(0), num_reqs, geo, BLOCK)
-    start, m, n, s = load_request(state, batch, b)
+    b, t0 = find_request(requests, tl.program_id(0), num_reqs, geo, BLOCK)
+    start, m, n, s = load_request(requests, b)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
     if (m <= 1) | (s == 0) | (t0 >= m) | (n + t0 + BLOCK <= geo.R):
         return
     row = row_index(s, layer, h, geo)
@@ -219,18 +283,21 @@ def store_window_kernel(
     value_ptr,
     stride_key,
     stride_value,
-    state,
-    batch,
-    evict_ptr,
     num_reqs,
     layer,
+    state,
+    requests,
+    evict_ptr,
     geo,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (blocks of tokens, H): the chunk's last R tokens to the ring, with their verdicts."""
     h = tl.program_id(1)
-    b, t0 = find_request(batch, tl.program_id(0), num_reqs, geo, BLOCK)
-    start, m, n, s = load_request(state, batch, b)
+    b, t0 = find_request(requests, tl.program_id(0), num_reqs, geo, BLOCK)
+    start, m, n, s = load_request(requests, b)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
     if (m <= 1) | (s == 0) | (t0 >= m) | (t0 + BLOCK + geo.R <= m):
         return
     row = row_index(s, layer, h, geo)

@@ -45,6 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kv-gib", type=float, default=0.5, help="KV cache of the engine")
     add("--arms", type=lambda s: s.split(","), default=["off", "dms", "dms_fp8", "dms_int4"])
     add("--no-controls", action="store_true", help="only the arms; all positions are scored")
+    add("--chunk", type=int, default=2048, help="tokens read at a time")
     add("--seed", type=int, default=0)
     add("--commit", help="where there is no .git to ask")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -56,7 +57,7 @@ def engine_rows(task: Task, args: argparse.Namespace) -> list[dict]:
     rows, truths = [], {}
     for arm in args.arms:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            others = (args.dtype, args.logprobs, args.kv_gib)
+            others = (args.dtype, args.logprobs, args.kv_gib, args.chunk)
             result = pool.submit(engine.run_arm, arm, task, *others).result()
         stock = engine.ARM_SETTINGS[arm][1] is None
         truth = truths.setdefault(stock, result.scores)  # of the first: off, bf16
@@ -78,7 +79,12 @@ def main() -> None:
     else:
         controlled = controls.run_controls(task, args.dtype)  # first: it finds what is scored
     rows = engine_rows(task, args) + controlled
-    stamp = {"dtype": args.dtype, "seed": args.seed, **certificate(args.commit)}
+    stamp = {
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "chunk": args.chunk,
+        **certificate(args.commit),
+    }
     stamp |= command_and_date()
     model = "vllm_dms/assets/tiny" if args.model == EMBEDDED else str(args.model)
     rows = [{"model": model, **row, **stamp} for row in rows]

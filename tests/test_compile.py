@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = {
     "schedule_kernel", "store_token_kernel", "store_plan_kernel", "store_copy_kernel",
-    "prefill_kernel", "store_window_kernel", "decode_kernel", "report_kernel",
+    "prefill_kernel", "store_window_kernel", "decode_kernel", "merge_kernel", "report_kernel",
     "alpha_kernel", "project_token_kernel", "project_kernel",
 }  # fmt: skip
 
@@ -49,7 +49,13 @@ def test_every_kernel_compiles(
     found = json.loads(done.stdout)
     assert found.keys() == KERNELS
     # Decoding is all memory traffic: what spills would double it.
-    per_token = ("decode_kernel", "alpha_kernel", "store_token_kernel", "project_token_kernel")
+    per_token = (
+        "decode_kernel",
+        "merge_kernel",
+        "alpha_kernel",
+        "store_token_kernel",
+        "project_token_kernel",
+    )
     assert max(found[name][1] for name in per_token) <= 16, found
     assert max(shared for _, _, shared, _ in found.values()) <= SHARED_KIB[capability] << 10, found
     # `test_overlap` says which accesses may come early; the compiler moved none there.

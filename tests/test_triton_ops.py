@@ -84,20 +84,22 @@ def test_the_report_equals_the_plain_one():
 
 
 @pytest.mark.parametrize("merge_block", [1, 16])
-def test_many_programs_share_one_row(merge_block):
+@pytest.mark.parametrize("merge_cuts", [0, 99], ids=["by another kernel", "by the last of them"])
+def test_many_programs_share_one_row(merge_block, merge_cuts):
     """13 of them: merged in several rounds or at once."""
-    tuning = replace(CASE.tuning, programs=32, merge_block=merge_block)
+    tuning = replace(CASE.tuning, programs=32, merge_block=merge_block, merge_cuts=merge_cuts)
     shape = {"heads": 1, "layers": 1, "group": 4, "window": 4}
     check(replace(CASE, **shape, evict=False, chunks=(190, 1), lengths=(200,), tuning=tuning))
 
 
+@pytest.mark.parametrize("merge_cuts", [0, 99])
 @pytest.mark.parametrize("programs", [8, 3])
-def test_a_program_ends_one_row_and_begins_another(programs):
+def test_a_program_ends_one_row_and_begins_another(programs, merge_cuts):
     """Nine rows of four tiles: five tiles a program, with parts of two rows, or three whole rows.
 
     Lengths are equal: a row read with its neighbor's state has the right number of slots.
     """
-    tuning = replace(CASE.tuning, programs=programs)
+    tuning = replace(CASE.tuning, programs=programs, merge_cuts=merge_cuts)
     rows = {"heads": 3, "window": 4, "evict": False, "lengths": (49, 49, 49)}
     check(replace(CASE, **rows, chunks=(48,), tuning=tuning))
 

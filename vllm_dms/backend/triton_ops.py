@@ -14,6 +14,7 @@ from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.kernels.arguments import check
 from vllm_dms.backend.kernels.decode import decode_kernel
 from vllm_dms.backend.kernels.launch import Launcher, kind_of
+from vllm_dms.backend.kernels.merge import merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
 from vllm_dms.backend.kernels.report import report_launcher
 from vllm_dms.backend.kernels.schedule import Schedule, schedule_kernel
@@ -25,6 +26,13 @@ from vllm_dms.config import DMSConfig
 
 LOG2_E = 1.0 / math.log(2.0)
 SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
+MIN_PARTS = 4  # of a row that the merge kernel reads at once
+
+
+def merge_sizes(tuning: Tuning) -> list[int]:
+    """How many parts the merge kernel is made for."""
+    least = min(MIN_PARTS, tuning.merge_block)
+    return [n for n in (1 << i for i in range(12)) if least <= n <= tuning.merge_block]
 
 
 class TritonOps(TritonStore):
@@ -68,12 +76,19 @@ class TritonOps(TritonStore):
         rows, block = tuning.prefill_rows, tuning.prefill_block
         # Without tensor cores larger tiles spill by the kilobyte.
         self._prefill = {2: prefill(rows, block), 4: prefill(min(rows, 32), min(block, 32))}
-        self._decode = Launcher(
-            decode_kernel, self._bound[0], schedule, score_scale, geo, self.group, pad,
-            max(tuning.decode_rows, pad), tuning.decode_block, parts, overlap,
-            num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
-            maxnreg=tuning.decode_registers, **options,
-        )  # fmt: skip
+        self._decode, self._merge = {}, {}
+        for merges in (False, True):
+            self._decode[merges] = Launcher(
+                decode_kernel, self._bound[0], schedule, score_scale, geo, self.group, pad,
+                max(tuning.decode_rows, pad), tuning.decode_block, parts, merges, overlap,
+                num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
+                maxnreg=tuning.decode_registers, **options,
+            )  # fmt: skip
+        for parts in merge_sizes(tuning):
+            self._merge[parts] = Launcher(
+                merge_kernel, schedule, geo, self.group, parts, overlap,
+                num_warps=max(parts // 16, 1), **options,
+            )  # fmt: skip
 
     def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
         """Launch each kernel, for one layer of two batches of one request of the null state."""
@@ -98,6 +113,11 @@ class TritonOps(TritonStore):
                 self.prefill(batch, 0, query, key, value, output)
                 self.store_window(batch, 0, key, value)
             self.decode(batch, 0, query, output)
+        q, o, head = kind_of(query), kind_of(output), (query, output, query.stride(0))
+        for decode in self._decode.values():
+            decode((self.schedule.PROGRAMS, 1), (q, o), *head, output.stride(0), 0)
+        for merge in self._merge.values():
+            merge((self.schedule.PROGRAMS, self.group), o, output, output.stride(0), 0)
 
     def begin_step(self, batch: Batch) -> None:
         """Share out the work of `decode` in all layers."""
@@ -107,6 +127,11 @@ class TritonOps(TritonStore):
                 f"scratch's {self.max_num_seqs} and {self.max_tokens}"
             )
         self._batch = batch
+        programs, rows = self.schedule.PROGRAMS, batch.num_reqs * self.heads
+        self._decode_merges = programs <= self.tuning.merge_cuts * rows
+        # Twice the parts of a row of average length: rows of few requests are cut into many.
+        parts = min(triton.next_power_of_2(2 * programs // rows), self.tuning.merge_block)
+        self._merge_of_batch = self._merge[max(parts, min(self._merge))]
         self._schedule(
             (self.state.layout.num_layers, 1), None, batch.block_table,
             batch.block_table.stride(0), batch.query_start, batch.seq_lens, batch.num_reqs,
@@ -136,7 +161,10 @@ class TritonOps(TritonStore):
         num_heads = self.heads * self.group
         q, o = self._kind("query", query, num_heads), self._kind("output", output, num_heads)
         programs = self.schedule.PROGRAMS
-        self._decode((programs, 1), (q, o), query, output, q[0], o[0], layer)
+        merges = self._decode_merges
+        self._decode[merges]((programs, 1), (q, o), query, output, q[0], o[0], layer)
+        if not merges:
+            self._merge_of_batch((programs, self.group), o, output, o[0], layer)
 
     def report(self, out: torch.Tensor) -> None:
         if out.shape != (self.state.num_states, REPORT_WIDTH) or not out.is_contiguous():

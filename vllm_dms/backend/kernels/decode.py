@@ -1,7 +1,7 @@
 """Decode attention: one query token per request over all live slots of its rows, without a mask.
 
 Programs share the tiles of a layer as `Schedule` says. A row that ends up with several programs is
-put together from their partial results by the one that is done last, always in the same order.
+put together from their partial results (`merge`).
 """
 
 import triton
@@ -15,9 +15,10 @@ from vllm_dms.backend.kernels.common import (
 )
 from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
 from vllm_dms.backend.kernels.decode_int4 import attend_row_int4
+from vllm_dms.backend.kernels.merge import finish_row, head_offset, store_partial
 from vllm_dms.backend.kernels.page_table import tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import slot_offset
-from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, partial_of, program_of
+from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS
 
 
 @triton.jit
@@ -62,79 +63,6 @@ def attend_row(
     return tl.trans(acc), top, total
 
 
-@triton.jit
-def store_partial(schedule, p, begins, acc, top, total, geo, G: tl.constexpr, ROWS: tl.constexpr):
-    """Leave program p's part of a row that it ``begins`` or joins midway."""
-    i = partial_of(p, begins)
-    offs_g = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, geo.D_PAD)
-    mask = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
-    tl.store(schedule.partial_max + i * G + offs_g, top, mask=offs_g < G)
-    tl.store(schedule.partial_sum + i * G + offs_g, total, mask=offs_g < G)
-    offs = (i * G + offs_g)[:, None] * geo.D + offs_d[None, :]
-    tl.store(schedule.partial + offs, acc, mask=mask)
-
-
-@triton.jit
-def merge_parts(
-    schedule, first, last, out_ptr, geo, G: tl.constexpr, G_PAD: tl.constexpr, PARTS: tl.constexpr
-):
-    """Put a row's output together from the parts of programs [first, last], PARTS at a time."""
-    offs_g = tl.arange(0, G_PAD)
-    offs_d = tl.arange(0, geo.D_PAD)
-    mask_g = offs_g < G
-    mask = mask_g[:, None] & (offs_d < geo.D)[None, :]
-    offs = offs_g[:, None] * geo.D + offs_d[None, :]
-    top = tl.full([G_PAD], NO_SCORE, tl.float32)
-    total = tl.zeros([G_PAD], tl.float32)
-    acc = tl.zeros([G_PAD, geo.D_PAD], tl.float32)
-    for part in range(first, last + 1, PARTS):
-        parts = part + tl.arange(0, PARTS)
-        there = parts <= last
-        i = partial_of(parts, parts == first) * G
-        mask_i = there[:, None] & mask_g[None, :]
-        tops = tl.load(
-            schedule.partial_max + i[:, None] + offs_g[None, :], mask=mask_i, other=NO_SCORE
-        )
-        sums = tl.load(schedule.partial_sum + i[:, None] + offs_g[None, :], mask=mask_i, other=0.0)
-        values = tl.load(
-            schedule.partial + i[:, None, None] * geo.D + offs[None, :, :],
-            mask=there[:, None, None] & mask[None, :, :],
-            other=0.0,
-        )
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        weights = tl.exp2(tops - new_top[None, :])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(sums * weights, 0)
-        acc = acc * decay[:, None] + tl.sum(values * weights[:, :, None], 0)
-        top = new_top
-    tl.store(out_ptr + offs, acc / tl.where(total == 0, 1.0, total)[:, None], mask=mask)
-
-
-@triton.jit
-def finish_row(
-    schedule, num_tiles, row_begin, row_end, out_ptr, geo,
-    G: tl.constexpr, G_PAD: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """After `store_partial`: the last of a row's programs to come here merges their parts."""
-    first = program_of(row_begin, num_tiles, schedule.PROGRAMS)
-    last = program_of(row_end - 1, num_tiles, schedule.PROGRAMS)
-    # What all threads of this program wrote is there before one of them says so, and what others
-    # wrote before they said so is seen by all threads that read after it.
-    tl.debug_barrier()
-    done = tl.atomic_add(schedule.done + first, 1, sem="acq_rel")
-    if done == last - first:
-        tl.store(schedule.done + first, 0)  # for the next layer
-        merge_parts(schedule, first, last, out_ptr, geo, G, G_PAD, PARTS)
-
-
-@triton.jit
-def head_offset(token_head, stride, geo, G: tl.constexpr):
-    """Where the query heads of a row begin, in elements of query or output."""
-    token, h = (token_head // geo.H).to(tl.int64), token_head % geo.H
-    return token * stride + h * G * geo.D
-
-
 @triton.jit(do_not_specialize=["layer"])
 def decode_kernel(
     query_ptr,
@@ -151,6 +79,7 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
+    MERGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (PROGRAMS). score_scale: softmax scale times log2(e). BLOCK_M >= G query heads.
@@ -167,7 +96,6 @@ def decode_kernel(
     row_end = tl.load(begin + 4)
     token_head = tl.load(begin + 5)
     s = tl.load(begin + 6)
-    num_tiles = tl.load(begin + 7)
     offs_g = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, geo.D_PAD)
     mask_q = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
@@ -225,7 +153,9 @@ def decode_kernel(
             tl.store(out_ptr + offs_q, acc, mask=mask_q)
         else:
             store_partial(schedule, p, begins, acc, top, total, geo, G, BLOCK_M)
-            finish_row(schedule, num_tiles, row_begin, row_end, out_ptr, geo, G, G_PAD, PARTS)
+            if MERGES:
+                num_tiles = tl.load(schedule.num_tiles + layer)
+                finish_row(schedule, num_tiles, row_begin, row_end, out_ptr, geo, G, G_PAD, PARTS)
         tile = end
         row_begin, row_end, token_head = row_end, next_end, next_head
         i += 1

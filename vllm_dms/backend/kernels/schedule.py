@@ -26,6 +26,7 @@ class Schedule(NamedTuple):
     row_query: Any  # int32 [N]: query token * H + head
     row_state: Any  # int32 [N]: state index
     row_tile: Any  # int32 [L, N + 1]: tiles before each row; after the last: of all
+    num_tiles: Any  # int32 [L]: of all rows
     begin: Any  # int32 [L, PROGRAMS, BEGIN_FIELDS]: all that a program needs to know to begin
     partial: Any  # float32 [2 * PROGRAMS, G, D]: sum of weighted values
     partial_max: Any  # float32 [2 * PROGRAMS, G]: largest score, base 2
@@ -36,8 +37,8 @@ class Schedule(NamedTuple):
 
 
 # First tile of a program, the tile after its last; of the row of its first tile: the row's place
-# among the rows, its first tile, the tile after its last, row_query, row_state; the tiles of all
-# rows. One sector of memory.
+# among the rows, its first tile, the tile after its last, row_query, row_state; if the program is
+# the row's second, the row's last program, else 0. One sector of memory.
 BEGIN_FIELDS = tl.constexpr(8)
 
 
@@ -68,6 +69,7 @@ def allocate_schedule(
         row_query=zeros(rows),
         row_state=zeros(rows),
         row_tile=zeros(layout.num_layers, rows + 1),
+        num_tiles=zeros(layout.num_layers),
         begin=zeros(layout.num_layers, programs, BEGIN_FIELDS.value),
         partial=zeros(*parts, layout.head_dim, dtype=torch.float32),
         partial_max=zeros(*parts, dtype=torch.float32),
@@ -187,6 +189,9 @@ def schedule_kernel(
     busy = mask & (tile < stop)  # so the row exists
     row_begin = tl.load(row_tile + i, mask=busy, other=0)
     row_end = tl.load(row_tile + i + 1, mask=busy, other=0)
+    before = first_tile(p - 1, num_tiles, schedule.PROGRAMS)
+    second = busy & (row_begin < tile) & (row_begin >= before)
+    last = tl.where(second, program_of(row_end - 1, num_tiles, schedule.PROGRAMS), 0)
     out = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
     tl.store(out, tile, mask=mask)
     tl.store(out + 1, stop, mask=mask)
@@ -196,4 +201,5 @@ def schedule_kernel(
     tl.store(out + 4, row_end, mask=busy)
     tl.store(out + 5, tl.load(schedule.row_query + i, mask=busy), mask=busy)
     tl.store(out + 6, tl.load(schedule.row_state + i, mask=busy), mask=busy)
-    tl.store(out + 7, p * 0 + num_tiles, mask=busy)
+    tl.store(out + 7, last, mask=mask)
+    tl.store(schedule.num_tiles + layer, num_tiles)

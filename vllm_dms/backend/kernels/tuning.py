@@ -17,7 +17,8 @@ class Tuning:
     programs_per_sm: int = 3  # of decode: as many as run at once
     programs: int = 0  # of decode in all, if not 0
     merge_block: int = 64  # most parts of a row that are merged together
-    merge_registers: int = 64  # of a thread, for them
+    merge_registers: int = 64  # of a thread, for parts that decode merges itself: if rows are cut
+    merge_cuts: float = 2.0  # into so many on average (the longest into several times as many)
     prefill_rows: int = 64  # (query token, head of the group) pairs per program
     prefill_block: int = 64  # keys per tile
     prefill_warps: int = 4

@@ -3,10 +3,10 @@ because a process either interprets kernels or compiles them.
 
     python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY PAGE_SIZE MAX_PAGES
 
-STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row, which
-has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of a
-thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of a
-program's shared memory, and how often it accesses memory before it waits for the kernel before it
+STORAGE: bfloat16, float16, ..., fp8 or int4; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row,
+which has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of
+a thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of
+a program's shared memory, and how often it accesses memory before it waits for the kernel before it
 (null: it doesn't).
 """
 
@@ -72,8 +72,8 @@ def usage(kernel):
 
 def make_ops(storage, head_dim, group, overlap, page_size, max_pages):
     """Operations on a small arena in this machine's memory, and the model's dtype"""
-    model_dtype = torch.bfloat16 if storage == "fp8" else getattr(torch, storage)
     kind = storage if storage in STORAGES else "model"
+    model_dtype = getattr(torch, storage) if kind == "model" else torch.bfloat16
     layout = ArenaLayout(
         num_layers=2,
         num_kv_heads=2,

@@ -83,6 +83,7 @@ class Fed:
         {"lengths": (21, 30)},
         {"dim": 80, "heads": 3, "group": 3, "page": 16, "layers": 1, "lengths": (24,)},
         {"storage": "fp8", "heads": 1, "group": 8, "layers": 1, "lengths": (24, 3)},
+        {"storage": "int4", "dim": 64, "layers": 1, "lengths": (24,)},
     ],
     ids=str,
 )
@@ -105,14 +106,18 @@ def assert_equal(case, config, projection):
     a, b = found.harness.state, plain.harness.state
     assert torch.equal(a.live, b.live) and torch.equal(a.pages_used, b.pages_used)
     assert (a.live[1:] < torch.tensor(case.lengths, device=DEVICE)[:, None, None]).any()
-    # A rounding of the norm. With FP8 one more of keys and values, which a query may see before it.
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-5} if case.storage == "model" else {"rtol": 0.1, "atol": 0.08}
-    )
+    # A rounding of the norm. With FP8 or 4 bits one more of keys and values, which a query may see
+    # before it.
+    atol = {"model": 1e-5, "fp8": 0.08, "int4": 0.2}[case.storage]
+    tolerance = {"rtol": 1e-5 if case.storage == "model" else 0.1, "atol": atol}
     for index in range(1, len(case.lengths) + 1):
         for layer in range(case.layers):
             for head in range(case.heads):
-                rows = (gather_row(state, index, layer, head) for state in (a, b))
+                rows = [gather_row(state, index, layer, head) for state in (a, b)]
+                if case.storage == "int4":  # a rounding of the norm moves a nibble now and then
+                    same = torch.cat([(x == y).flatten() for x, y in zip(*rows, strict=True)])
+                    assert same.float().mean() > 0.99
+                    continue
                 for x, y in zip(*rows, strict=True):
                     torch.testing.assert_close(x, y, **tolerance)
     for x, y in zip(found.outputs, plain.outputs, strict=True):

@@ -66,6 +66,13 @@ def test_fp8_storage_of_an_odd_shape():
     check(replace(CASE, storage="fp8", **shape, chunks=(20, 1, 1), lengths=(55, 34)))
 
 
+@pytest.mark.parametrize("chunks", [(1,), (33, 1, 5)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_int4_storage(dim, chunks):
+    shape = {"dim": dim, "layers": 1, "group": 3}
+    check(replace(CASE, storage="int4", **shape, chunks=chunks, lengths=(60, 45)))
+
+
 def test_the_report_equals_the_plain_one():
     case = replace(CASE, window=7, heads=3, chunks=(20, 1), lengths=(30, 55))
     harness, _ = case.run(kernels=True)
@@ -132,6 +139,9 @@ def test_only_padding_leaves_no_trace():
     [
         (torch.bfloat16, "model", 128, 8, 4),
         (torch.bfloat16, "fp8", 128, 8, 4),
+        (torch.bfloat16, "int4", 128, 8, 4),
+        (torch.float16, "int4", 64, 2, 8),
+        (torch.bfloat16, "int4", 256, 2, 2),
         (torch.float16, "model", 64, 2, 8),
         (torch.float16, "fp8", 64, 2, 8),
         (torch.bfloat16, "model", 80, 3, 1),

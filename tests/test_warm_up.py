@@ -18,7 +18,7 @@ from vllm_dms.backend.updates import NULL_STEP, Reporter, apply_updates
 SCRIPT = Path(__file__).with_name("specializations.py")
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "fp8", "float32"])
+@pytest.mark.parametrize("storage", ["bfloat16", "fp8", "int4", "float32"])
 def test_no_batch_needs_a_kernel_that_the_warm_up_did_not(storage):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), storage]
@@ -30,9 +30,9 @@ def test_no_batch_needs_a_kernel_that_the_warm_up_did_not(storage):
     assert found["unaligned"] == ["decode_kernel"], "nothing is noticed"
 
 
-@pytest.mark.parametrize("storage", ["model", "fp8"])
-def test_the_warm_up_leaves_nothing_behind(storage):
-    case = replace(Case(storage=storage), lengths=(12,))
+@pytest.mark.parametrize(("storage", "dim"), [("model", 16), ("fp8", 16), ("int4", 64)])
+def test_the_warm_up_leaves_nothing_behind(storage, dim):
+    case = replace(Case(storage=storage, dim=dim), lengths=(12,))
     harness = case.harness(kernels=True)
     state = harness.state
     before = [part.view(torch.uint8).clone() for part in state.pages]

@@ -29,7 +29,7 @@ class Refusal:
 def refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     """The texts of those that apply."""
     every = (
-        *_of_the_model(vllm_config),
+        *_of_the_model(vllm_config, config),
         *_of_features(vllm_config),
         *_of_parallelism(vllm_config, config),
         *_of_compilation(vllm_config, config),
@@ -38,7 +38,8 @@ def refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     return [str(refusal) for refusal in every if refusal.applies]
 
 
-def _of_the_model(vllm_config: VllmConfig) -> list[Refusal]:
+def _of_the_model(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
+    head_dim = vllm_config.model_config.get_head_size()
     model, hf_config = vllm_config.model_config, vllm_config.model_config.hf_config
     architectures = getattr(hf_config, "architectures", None) or []
     layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
@@ -76,8 +77,14 @@ def _of_the_model(vllm_config: VllmConfig) -> list[Refusal]:
         Refusal(
             "the checkpoint quantizes its KV cache to FP8",
             _quantizes_kv(hf_config),
-            "DMS pages hold the model's dtype or their own FP8 format",
+            "DMS pages hold the model's dtype or their own formats",
             "Use a checkpoint without kv_cache_scheme.",
+        ),
+        Refusal(
+            f"--kv-cache-dtype is dms_int4 and head_dim {head_dim}",
+            config.storage == "int4" and (head_dim < 64 or head_dim & (head_dim - 1)),
+            "4-bit pages are made for a head_dim of 64, 128 or another higher power of two",
+            "Use --kv-cache-dtype dms_fp8.",
         ),
     ]
 

@@ -47,6 +47,7 @@ def make_geometry(layout: ArenaLayout, max_num_seqs: int, tuning: Tuning) -> Geo
         WIDTH=storage.width(dim),
         PAGE=layout.page_bytes // storage.dtype.itemsize,
         SCALES=storage.num_scales,
+        SCALES_PAD=triton.next_power_of_2(storage.num_scales),
         PAGE_SCALES=layout.page_bytes // SCALE_DTYPE.itemsize,
     )
 
@@ -62,7 +63,7 @@ def make_state_args(state: ArenaState, geo: Geometry) -> StateArgs:
     check("strides of the values", pages.k.stride(), (geo.PAGE, geo.WIDTH, 1))
     if geo.SCALES:  # what is empty has no strides to speak of
         found = pages.k_scales.stride()[:2]
-        check("strides of the scales", found, (geo.PAGE_SCALES, 2 * geo.SCALES))
+        check("strides of the scales", found, (geo.PAGE_SCALES, geo.SCALES))
     distance = pages.v.storage_offset() - pages.k.storage_offset()
     check("offset of V in a page", distance, geo.P * geo.WIDTH)
     return StateArgs(

@@ -34,15 +34,16 @@ class Geometry(NamedTuple):
     STORAGE: Any  # `Storage.name`
     WIDTH: Any  # of a vector's values, in elements
     PAGE: Any  # of a page, in elements of its values
-    SCALES: Any  # of a vector
+    SCALES: Any  # of a slot
+    SCALES_PAD: Any  # SCALES rounded up to a power of two
     PAGE_SCALES: Any  # of a page, in elements of its scales
 
 
 class StateArgs(NamedTuple):
-    """Pointers of `ArenaState`. A page is K[P, WIDTH], V[P, WIDTH], scales[P, 2, SCALES]."""
+    """Pointers of `ArenaState`. A page is K[P, WIDTH], V[P, WIDTH], scales[P, SCALES]."""
 
     pages: Any  # K of page 0, in the storage's dtype
-    scales: Any  # of page 0, bfloat16
+    scales: Any  # of page 0, bfloat16 or what stands in its place
     state_of_block: Any
     block_rows: Any
     pages_used: Any

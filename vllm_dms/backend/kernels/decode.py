@@ -14,6 +14,7 @@ from vllm_dms.backend.kernels.common import (
     wait_for_previous_kernel,
 )
 from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
+from vllm_dms.backend.kernels.decode_int4 import attend_row_int4
 from vllm_dms.backend.kernels.merge import finish_row, head_offset, store_partial
 from vllm_dms.backend.kernels.page_table import tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import slot_offset
@@ -123,6 +124,11 @@ def decode_kernel(
         last = tl.minimum(end - row_begin, tl.cdiv(live, BLOCK_N))
         if geo.STORAGE == "fp8":
             acc, top, total = attend_row_fp8(
+                q, score_scale, state, row, live, page, leaf, first, last, geo,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        elif geo.STORAGE == "int4":
+            acc, top, total = attend_row_int4(
                 q, score_scale, state, row, live, page, leaf, first, last, geo,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip

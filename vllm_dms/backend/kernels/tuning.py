@@ -30,6 +30,12 @@ def default_tuning(layout: ArenaLayout) -> Tuning:
     tuning = Tuning()
     if layout.storage.name == "fp8":
         tuning = Tuning(decode_warps=2, programs_per_sm=6)
+    elif layout.storage.name == "int4":
+        # A warp by itself waits for no other: of four products and scales a tile has many steps.
+        tuning = Tuning(
+            decode_block=32, decode_warps=1, decode_stages=4, decode_registers=None,
+            programs_per_sm=8, prefill_block=32,
+        )  # fmt: skip
     elif layout.storage.dtype.itemsize == 4:  # twice the shared memory, and no tensor cores
         tuning = Tuning(decode_block=32, decode_registers=None)
     if layout.head_dim > 128:  # to fit the shared memory of GPUs before Hopper

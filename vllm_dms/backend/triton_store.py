@@ -14,10 +14,10 @@ from vllm_dms.backend.kernels.common import Geometry
 from vllm_dms.backend.kernels.launch import Launcher, kind_of
 from vllm_dms.backend.kernels.project import project_kernel, project_token_kernel
 from vllm_dms.backend.kernels.schedule import Schedule
-from vllm_dms.backend.kernels.store import (
+from vllm_dms.backend.kernels.store import store_token_kernel
+from vllm_dms.backend.kernels.store_chunk import (
     store_copy_kernel,
     store_plan_kernel,
-    store_token_kernel,
     store_window_kernel,
 )
 from vllm_dms.backend.kernels.tuning import Tuning

@@ -101,7 +101,7 @@ def make_plan(args: argparse.Namespace) -> texts.Plan:
             ]
             if all(made):
                 tasks[task, length] = [(prompt(sample), sample) for sample in made]
-    opening = max(longest - args.generate, 1)
+    opening = max(longest - 1 - args.generate, 1)
     return texts.Plan(
         args.scored,
         {n: [row[-(n - 1) :] for row in rows[: args.rows]] for n in args.lengths},
@@ -149,19 +149,17 @@ def window_of(found: texts.Answers, length: int) -> int:
     return max(round((length - 1) / found.live[f"text {length}"]) - 1, 1)
 
 
-def row_of(name: str, arm, found: texts.Answers, truth: texts.Answers, written) -> dict:
-    """written: of this arm's texts, log-probabilities by the truth"""
-    text = {
-        length: {
-            "perplexity": round(texts.perplexity(own), 4),
-            **distance(truth.tables[length], found.tables[length], [0] * len(own)),
-        }
-        for length, own in found.own.items()
-        if length
-    }
+def row_of(name: str, arm, found: texts.Answers, truth: texts.Answers | None, written=None) -> dict:
+    """truth: None while it is not known; written: of this arm's texts, log-probabilities by it"""
+    text = {}
+    for length, own in found.own.items():
+        text[length] = {"perplexity": round(texts.perplexity(own), 4)}
+        if truth:
+            starts = [0] * len(own)
+            text[length] |= distance(truth.tables[length], found.tables[length], starts)
     row = {"arm": name, "method": "vLLM", "kv_cache_dtype": arm[0], "settings": arm[1]}
     row |= {"text": text, "tasks": {f"{t} {n}": score for (t, n), score in found.tasks.items()}}
-    if found.written:
+    if written:
         row["generation"] = texts.divergence(found.written_logprobs, written)
     return {**row, "live_compression": found.live}
 
@@ -177,7 +175,9 @@ def main(argv: list[str] | None = None) -> None:
             window = window_of(answers["dms"], max(args.lengths))
             arms[name] = ("dms", {"window": window, "alpha_offset": NEVER})
         answers[name] = in_a_process(args, arms[name], plan)
-        print(name, answers[name].live, answers[name].tasks, flush=True)
+        report["rows"] = [row_of(a, arms[a], found, None) for a, found in answers.items()]
+        args.out.write_text(json.dumps(report, indent=1) + "\n")  # what a time limit leaves
+        print(json.dumps(report["rows"][-1]), flush=True)
     others = [
         [*opening, *ids]
         for found in answers.values()
@@ -187,9 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     scored = iter(truth.own.pop(0, []))
     report["rows"] = []
     for name, found in answers.items():
-        if name == args.truth:  # nobody but itself says what it wrote
-            found.written = []
-        written = [next(scored)[-len(ids) :] for ids in found.written]
+        # What the truth wrote, nobody but itself could judge.
+        texts_of = found.written if name != args.truth else []
+        written = [next(scored)[-len(ids) :] for ids in texts_of]
         report["rows"].append(row_of(name, arms[name], found, truth, written))
     if "random" in args.arms:
         from benchmarks.quality.blind import blind

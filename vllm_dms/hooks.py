@@ -78,10 +78,16 @@ OVERRIDDEN = {
         "the KV cache spec": "get_kv_cache_spec",
     },
 } | {
-    owner: {purpose: name}
-    for owners, purpose, name in (
-        ((*_ATTENTION, _NORM), "attention with a decision", "forward"),
-        (_MODEL, "the adapter's weights", "load_weights"),
+    owner: purposes
+    for owners, purposes in (
+        ((*_ATTENTION, _NORM), {"attention with a decision": "forward"}),
+        (
+            _MODEL,
+            {
+                "the adapter's weights": "load_weights",
+                "no LoRA on a q_proj that decides": "packed_modules_mapping",
+            },
+        ),
     )
     for owner in owners
 }

@@ -131,12 +131,6 @@ def _of_features(vllm_config: VllmConfig) -> list[Refusal]:
             "all layers share one arena",
         ),
         Refusal(
-            "--enable-lora is set",
-            vllm_config.lora_config,
-            "adapters on q_proj would change eviction decisions, which is not tested",
-            "Merge the adapter into the checkpoint or remove --enable-lora.",
-        ),
-        Refusal(
             "--enable-sleep-mode is set",
             model.enable_sleep_mode,
             "the device state beside the KV cache is not saved",

@@ -25,6 +25,7 @@ from vllm_dms.config import DMSConfig
 from vllm_dms.models.attention import DMSSelfAttention, StreamNorm
 from vllm_dms.models.decision import AlphaAdapter, BorrowedChannel, check_rounding, dms_config
 from vllm_dms.models.families import Family
+from vllm_dms.models.lora import refusing_q_proj
 from vllm_dms.models.weights import DMSWeights
 
 
@@ -36,11 +37,15 @@ def model_class(family: Family) -> type[nn.Module]:
 
 
 class DMSModel(DMSWeights, nn.Module):
+    packed_modules_mapping: dict[str, list[str]]
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = dms_config(vllm_config)
         self.expect_dms_weights(vllm_config, config)
         if config is not None:
+            if vllm_config.lora_config and not config.adapter:
+                self.packed_modules_mapping = refusing_q_proj(self.packed_modules_mapping)
             for layer in self.model.layers:
                 if not isinstance(layer, PPMissingLayer):
                     graft_layer(layer, vllm_config, config)
@@ -73,7 +78,6 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
             attention.hidden_size,
             layer.input_layernorm.variance_epsilon,
             config.alpha_per == "layer",
-            name.removesuffix(".attn"),
         )
         # The checkpoint's names for them, so that vLLM's own loading finds them.
         attention.dms_proj_alpha, attention.dms_proj_alpha_norm = adapter.proj, adapter.norm

@@ -1,0 +1,104 @@
+"""LoRA over a DMS model: a request with one is the model with that LoRA merged into its weights."""
+
+import json
+
+import pytest
+import torch
+from engines import NOISE, engine_args, prompts, sampling, worst_error
+from safetensors.torch import save_file
+from vllm.lora.request import LoRARequest
+
+from vllm_dms.reference import ReferenceModel
+
+RANK, ALPHA = 4, 8
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def modules(*names):
+    return [
+        f"model.layers.{layer}.{'mlp' if name in MLP else 'self_attn'}.{name}"
+        for layer in range(2)
+        for name in names
+    ]
+
+
+def write_lora(out, weights, names, seed=0):
+    """PEFT's format; -> what it adds to each of the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, added = {}, {}
+    for name in names:
+        rows, columns = weights[f"{name}.weight"].shape
+        a = torch.randn(RANK, columns, generator=generator) / columns**0.5
+        b = 0.2 * torch.randn(rows, RANK, generator=generator)
+        if name.endswith(("o_proj", "down_proj")):
+            b[0] = 0  # the channel that no layer writes to: see `checkpoints`
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        added[f"{name}.weight"] = ALPHA / RANK * b @ a
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    targets = sorted({name.rpartition(".")[2] for name in names})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return added
+
+
+def engine(make_engine, path, **kwargs):
+    # vLLM on a CPU gives tokens without a LoRA the last slot's, DMS or not: here it stays empty.
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    return make_engine(path, **engine_args(32, **lora, **kwargs))
+
+
+def check_lora(llm, path, tmp_path, targets):
+    reference = ReferenceModel.from_dir(path)
+    added = write_lora(tmp_path / "lora", reference.weights, modules(*targets))
+    weights = {n: w + added.get(n, 0.0) for n, w in reference.weights.items()}
+    merged = ReferenceModel(json.loads((path / "config.json").read_text()), weights, reference.dms)
+    token_ids = prompts((20, 97, 230, 700))
+    loras = [None, LoRARequest("tuned", 1, str(tmp_path / "lora"))] * 2
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in token_ids],
+        sampling(30),
+        lora_request=loras,
+        use_tqdm=False,
+    )
+    for ids, lora, output in zip(token_ids, loras, outputs, strict=True):
+        assert worst_error(merged if lora else reference, ids, output) < NOISE
+        assert worst_error(reference if lora else merged, ids, output) > 30 * NOISE
+    assert outputs[-1].kv_transfer_params["dms"]["compression"] > 1.5
+
+
+FORMS = {"nvidia-adapter": (*ATTENTION, *MLP), "nvidia-borrowed": (*ATTENTION[1:], *MLP)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_request_with_lora_is_the_merged_model_beside_those_without(
+    checkpoint, make_engine, tmp_path, form
+):
+    path = checkpoint(form, evict_rate=0.5)
+    check_lora(engine(make_engine, path), path, tmp_path, FORMS[form])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_on_a_gpu_with_graphs(checkpoint, make_engine, tmp_path, form):
+    path = checkpoint(form, evict_rate=0.5)
+    llm = engine(make_engine, path, enforce_eager=False, gpu_memory_utilization=0.2)
+    check_lora(llm, path, tmp_path, FORMS[form])
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "named"),
+    [
+        ("nvidia-borrowed", "q_proj", "no LoRA on q_proj.*received.*layers.0.self_attn.q_proj"),
+        ("nvidia-adapter", "dms_proj_alpha", "received.*layers.0.self_attn.dms_proj_alpha"),
+    ],
+)
+def test_what_decides_takes_no_lora(checkpoint, make_engine, tmp_path, form, target, named):
+    path = checkpoint(form, evict_rate=0.5)
+    weights = ReferenceModel.from_dir(path).weights
+    write_lora(tmp_path / "lora", weights, modules(target, "v_proj"))
+    llm = engine(make_engine, path)
+    with pytest.raises(ValueError, match=named):
+        llm.llm_engine.add_lora(LoRARequest("deciding", 2, str(tmp_path / "lora")))

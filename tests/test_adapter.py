@@ -52,11 +52,10 @@ def test_a_rank_reads_the_decisions_of_its_own_heads(monkeypatch, ranks, heads, 
         for rank in range(ranks):
             group = SimpleNamespace(rank_in_group=rank, world_size=ranks)
             monkeypatch.setattr(parallel_state, "_TP", group)
-            adapter = decision.AlphaAdapter(heads, own, 16, 1e-6, per_layer, "layer")
+            adapter = decision.AlphaAdapter(heads, own, 16, 1e-6, per_layer)
             adapter.fused = False
             adapter.proj.weight.data.zero_()
             adapter.proj.bias.data.copy_(torch.arange(heads))  # alpha is the number of its head
-            adapter.proj.quant_method.process_weights_after_loading(adapter.proj)
             alpha, query = adapter.read(torch.randn(3, 16), torch.ones(3, 8))
             assert query.all() and alpha.is_contiguous() and (alpha == alpha[0]).all()
             found.append(alpha[0].int().tolist())

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from vllm_dms.config import DMSConfig
 from vllm_dms.formats import SUPPORTED_FORMATS
+from vllm_dms.lora import reaches_queries
 from vllm_dms.models.families import family_of_architectures
 
 ANOTHER_MODEL = "Serve this model with --kv-cache-dtype auto."
@@ -30,7 +31,7 @@ def refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     """The texts of those that apply."""
     every = (
         *_of_the_model(vllm_config),
-        *_of_features(vllm_config),
+        *_of_features(vllm_config, config),
         *_of_parallelism(vllm_config, config),
         *_of_compilation(vllm_config, config),
         *_of_the_machine(vllm_config, config),
@@ -94,7 +95,7 @@ def _quantizes_kv(hf_config: Any) -> bool:
     )
 
 
-def _of_features(vllm_config: VllmConfig) -> list[Refusal]:
+def _of_features(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     return [
         Refusal(
@@ -125,9 +126,9 @@ def _of_features(vllm_config: VllmConfig) -> list[Refusal]:
         ),
         Refusal(
             "--enable-lora is set",
-            vllm_config.lora_config,
-            "adapters on q_proj would change eviction decisions, which is not tested",
-            "Merge the adapter into the checkpoint or remove --enable-lora.",
+            not config.adapter and reaches_queries(vllm_config.lora_config),
+            "the decision is borrowed from a channel of q_proj, which a LoRA there would change",
+            "Add --lora-target-modules without q_proj, k_proj and v_proj, or merge the LoRA.",
         ),
         Refusal(
             "--enable-sleep-mode is set",

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 import vllm_dms.models.adapter_op  # noqa: F401 registers torch.ops.vllm_dms.alpha
 from vllm_dms.config import DMSConfig
@@ -107,11 +107,9 @@ class AlphaAdapter:
         hidden_size: int,
         eps: float,
         per_layer: bool,
-        prefix: str,
     ) -> None:
-        self.proj = ReplicatedLinear(
-            hidden_size, total_kv_heads, bias=True, prefix=f"{prefix}.dms_proj_alpha"
-        )
+        # None of vLLM's linear layers: nothing quantizes it, and a LoRA on it is refused.
+        self.proj = nn.Linear(hidden_size, total_kv_heads).requires_grad_(False)
         self.norm = RMSNorm(hidden_size, eps=eps)
         self.num_kv_heads = num_kv_heads
         self.per_layer = per_layer
@@ -132,7 +130,7 @@ class AlphaAdapter:
                 self.norm.variance_epsilon,
             )
         else:
-            alpha, _ = self.proj(self.norm(stream))
+            alpha = self.proj(self.norm(stream))
         if self.per_layer:
             alpha = alpha[:, :1].expand(-1, self.num_kv_heads)
         else:

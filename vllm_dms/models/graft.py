@@ -64,7 +64,6 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
             attention.hidden_size,
             layer.input_layernorm.variance_epsilon,
             config.alpha_per == "layer",
-            name.removesuffix(".attn"),
         )
         # The checkpoint's names for them, so that vLLM's own loading finds them.
         attention.dms_proj_alpha, attention.dms_proj_alpha_norm = adapter.proj, adapter.norm

@@ -25,7 +25,10 @@ def run(path, text, *extra):
 @pytest.mark.parametrize(
     ("dialect", "words"),
     [
-        ("nvidia-borrowed", ["borrowed query channel", "window    16", "shift     1", "zero      both", "8x"]),
+        (
+            "nvidia-borrowed",
+            ["borrowed query channel", "window    16", "shift     1", "zero      both", "8x"],
+        ),
         ("nvidia-adapter", ["adapter weights", "window    16", "shift     1", "8x"]),
         ("fastdms", ["FastDMS", "window    16", "shift     0", "zero      before", "8x"]),
     ],

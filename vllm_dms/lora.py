@@ -1,7 +1,7 @@
 """LoRA over a DMS model: where it could change what is evicted.
 
-In the adapter form decisions are those of the model with the LoRA merged: `dms_proj_alpha` reads the
-residual stream, and is no linear layer of vLLM's, so vLLM refuses a LoRA that has tensors for it.
+In the adapter form decisions are those of the model with the LoRA merged: `dms_proj_alpha` reads
+the residual stream, and is no linear layer of vLLM's, so vLLM refuses a LoRA with tensors for it.
 """
 
 from vllm.config import LoRAConfig

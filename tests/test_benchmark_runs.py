@@ -55,8 +55,12 @@ def test_arms_differ_in_checkpoint_cache_and_plugin_only():
 
 def test_vllm_knows_all_flags_that_it_is_started_with(tmp_path, monkeypatch):
     from vllm.benchmarks import latency, serve, throughput
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # moved in vLLM 0.33
+        from vllm.entrypoints.common.cli_args import make_arg_parser
 
     monkeypatch.setattr(through_server.processes, "start", lambda *args: None)
     chosen = options(workloads="serve-mixed")

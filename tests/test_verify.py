@@ -25,15 +25,25 @@ def run(path, text, *extra):
 @pytest.mark.parametrize(
     ("dialect", "words"),
     [
-        ("nvidia-borrowed", ["borrowed query channel", "window    16", "shift     1", "8x"]),
+        (
+            "nvidia-borrowed",
+            ["borrowed query channel", "window    16", "shift     1", "zero      both", "8x"],
+        ),
         ("nvidia-adapter", ["adapter weights", "window    16", "shift     1", "8x"]),
-        ("fastdms", ["FastDMS", "window    16", "shift     0", "8x"]),
+        ("fastdms", ["FastDMS", "window    16", "shift     0", "zero      before", "8x"]),
     ],
 )
 def test_the_rule_is_told(checkpoint, text, capsys, dialect, words):
     assert run(checkpoint(dialect), text, "--max-kl", "99") == 0
     out = capsys.readouterr().out
     assert all(w in out for w in words) and out.endswith("OK\n")
+    assert ("zero " in out) == (dialect != "nvidia-adapter")  # which borrows no channel
+
+
+def test_the_command_calls_itself_what_it_is_called(capsys):
+    with pytest.raises(SystemExit):
+        verify.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: vllm-dms verify ")
 
 
 def test_the_first_affected_position_follows_the_window():

@@ -95,11 +95,14 @@ def read_text(path: Path, tokenizer) -> str:
 
 def print_report(report: Report) -> None:
     dms = report.dms
+    zeroed = {"both": "before and after RoPE", "before": "before RoPE only", "never": "not at all"}
     ratio = f"{dms.nominal_ratio:g}x" if dms.nominal_ratio else "not stated"
     decided = "the next token" if dms.shift else "the token itself"
     print(f"dialect   {dms.dialect}: {RULES[dms.dialect]}, per {dms.alpha_per}")
     print(f"window    {dms.window}")
     print(f"shift     {dms.shift}: a token's fate is decided by {decided}")
+    if not dms.adapter:
+        print(f"zero      {dms.zero}: the borrowed channel is zeroed {zeroed[dms.zero]}")
     print(f"ratio     {ratio} (trained for)")
     print(f"live compression over {report.num_tokens} tokens, window included, by layer and head:")
     for layer, live in enumerate(report.live):
@@ -127,7 +130,7 @@ def verdict(report: Report, max_kl: float) -> str | None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_dms.verify",
+        prog="vllm-dms verify",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Which rule a DMS checkpoint evicts by, what it saves and what that costs.",
     )

@@ -40,7 +40,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_dms.retrofit",
+        prog="vllm-dms retrofit",
         formatter_class=Defaults,
         description="Trains a dense Qwen3 or Llama checkpoint to decide what it can forget.",
         epilog="exit code 1: the ratio was missed; 130: stopped by a signal, --resume goes on",

@@ -1,12 +1,12 @@
 """What a cache costs on plain text: KL to the same model with all of its cache in its own dtype.
 
-    python benchmarks/eval_storage.py MODEL --text FILE [--adapter DIR] [--arms off,off_fp8,off_int4]
+    python benchmarks/eval_storage.py MODEL --text FILE [--adapter DIR] [--arms off,off_int4]
 
 Documents of --length tokens, one after the other from the text, every position scored. Arms are
 those of eval_quality.py: DMS is compared with the first DMS arm asked for, stock caches with the
-first stock one. With an adapter, stock caches serve MODEL as it is. Writes quality_storage.json into
---out. Known limit: of each position the --logprobs likeliest tokens are compared, and all others as
-one.
+first stock one. With an adapter, stock caches serve MODEL as it is. Writes quality_storage.json
+into --out. Known limit: of each position the --logprobs likeliest tokens are compared, and all
+others as one.
 """
 
 import argparse

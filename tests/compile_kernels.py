@@ -29,6 +29,7 @@ from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
 from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.projection import Projection
 from vllm_dms.backend.state import allocate_scratch, allocate_state
@@ -105,6 +106,9 @@ def run_all(storage, head_dim, group, *others):
     ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
     weight = torch.zeros(2, head_dim, dtype=model_dtype)
     launch_alpha(weight.clone(), weight[0], weight, None, 1e-6)
+    snapshots, one = TritonSnapshots(ops.state), torch.ones(1, dtype=torch.int32)
+    snapshots.restore(1, one, one, one)
+    snapshots.save(1, one, one, one)
 
 
 def main(name, *numbers):

@@ -11,6 +11,8 @@ import torch
 from core_worker import Worker
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -24,8 +26,11 @@ from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.arena.storage import ModelStorage
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.integrity import check_integrity
+from vllm_dms.core.scheduler import CutAsyncScheduler, CutScheduler
 from vllm_dms.gates import transfer_config
 
+init_none_hash(sha256)
+HASHER = get_request_block_hasher(16, sha256)
 MAX_MODEL_LEN = 256
 CHUNK = 48
 MODEL = {
@@ -64,6 +69,7 @@ def make_config(
     max_model_len=MAX_MODEL_LEN,
     block_size=16,
     policy="fcfs",
+    prefix_cache=False,
 ) -> tuple[VllmConfig, DMSConfig]:
     plugin.register()
     config = DMSConfig(
@@ -73,6 +79,7 @@ def make_config(
         alpha_offset=0.0,
         shift=1,
         reserve_compression=reserve_compression,
+        prefix_cache=prefix_cache,
     )
     with tempfile.TemporaryDirectory() as model_dir:
         Path(model_dir, "config.json").write_text(json.dumps(MODEL))
@@ -105,7 +112,10 @@ class Engine:
         layout = layout or make_layout(max_model_len=vllm_config.model_config.max_model_len)
         self.spec: DMSCacheSpec = replace(make_spec(vllm_config, config, layout), num_ranks=ranks)
         vllm_config.cache_config.num_gpu_blocks = num_blocks
-        self.scheduler = (AsyncScheduler if lag else Scheduler)(
+        scheduler = AsyncScheduler if lag else Scheduler
+        if config.prefix_cache:
+            scheduler = CutAsyncScheduler if lag else CutScheduler
+        self.scheduler = scheduler(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=num_blocks,
@@ -127,18 +137,22 @@ class Engine:
         self.num_preemptions = 0
         self.max_blocks_held = 0
 
-    def add(self, request_id, num_prompt, max_tokens, keep, priority=0, turn=False) -> Request:
+    def add(
+        self, request_id, num_prompt, max_tokens, keep, priority=0, turn=False, ids=None, salt=None
+    ) -> Request:
         """keep: share of past-window tokens that its rows keep. turn: of a session with streaming
-        input, which goes on until `close`."""
+        input, which goes on until `close`. ids: the prompt, if it matters."""
         self.keep[request_id] = keep
         self.finished.pop(request_id, None)
         request = Request(
             request_id=request_id,
-            prompt_token_ids=[1] * num_prompt,
+            prompt_token_ids=ids or [1] * num_prompt,
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
             priority=priority,
             resumable=turn,
+            cache_salt=salt,
+            block_hasher=HASHER,
         )
         self.scheduler.add_request(request)
         return request
@@ -149,9 +163,7 @@ class Engine:
         self.scheduler.add_request(Request(request_id, [1], params, None, resumable=False))
 
     def knows(self, request_id) -> bool:
-        in_flight = any(
-            request_id in output.num_scheduled_tokens for output, _, _ in self.in_flight
-        )
+        in_flight = any(request_id in output.num_scheduled_tokens for output, *_ in self.in_flight)
         return in_flight or request_id in self.scheduler.requests
 
     def step(self) -> None:
@@ -162,17 +174,19 @@ class Engine:
         samples = [not r.is_prefill_chunk for r in requests]
         held = self._held()
         self.max_blocks_held = max(self.max_blocks_held, sum(len(b) for b in held.values()))
-        self.in_flight.append((output, samples, held))
+        # What is sampled is always 7, so it is known before it is.
+        texts = [([*r.all_token_ids, *[7] * MAX_MODEL_LEN], r.cache_salt) for r in requests]
+        self.in_flight.append((output, samples, held, texts))
         if len(self.in_flight) > self.lag or not requests:
             self.complete()
 
     def complete(self) -> None:
         """Run the oldest step and give its output to the scheduler."""
-        output, samples, held = self.in_flight.popleft()
+        output, samples, held, *texts = self.in_flight.popleft()
         meta = output.kv_connector_metadata
         scheduled = output.num_scheduled_tokens
         keep = [self.keep[r] for r in scheduled]
-        reports = [w.run(meta, scheduled.values(), keep) for w in self.workers]
+        reports = [w.run(meta, scheduled.values(), keep, *texts) for w in self.workers]
         for worker in self.workers:
             for (state, _), blocks in held.items():
                 used = worker.blocks_used(state)
@@ -224,9 +238,11 @@ class Engine:
         }
 
 
-def make_engine(reserve_compression=1.0, extra_blocks=0, policy="fcfs", **kwargs) -> Engine:
+def make_engine(
+    reserve_compression=1.0, extra_blocks=0, policy="fcfs", prefix_cache=False, **kwargs
+) -> Engine:
     """Over the smallest pool that vLLM's start-up check lets through, and some more."""
-    vllm_config, config = make_config(reserve_compression, policy=policy)
+    vllm_config, config = make_config(reserve_compression, policy=policy, prefix_cache=prefix_cache)
     spec = make_spec(vllm_config, config, make_layout())
     num_blocks = spec.max_blocks(MAX_MODEL_LEN) + 1 + extra_blocks
     return Engine(vllm_config, config, num_blocks, **kwargs)

@@ -19,7 +19,7 @@ from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
 from vllm_dms.backend.updates import Reporter, apply_updates
 from vllm_dms.core import stats
-from vllm_dms.core.ledger import Growth, Step
+from vllm_dms.core.records import Growth, Step
 
 LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 
@@ -228,7 +228,7 @@ def test_statistics_of_several_ranks_are_means_over_all_their_rows():
     engine = make_engine(1.0, ranks=2)
     evict_all = engine.workers[1]
     run = evict_all.run
-    evict_all.run = lambda meta, num_tokens, keep: run(meta, num_tokens, [0.0 for _ in keep])
+    evict_all.run = lambda meta, num, keep, *texts: run(meta, num, [0.0 for _ in keep], *texts)
     engine.add("a", 48, 2, keep=1.0)
     engine.step()  # one rank keeps 48 tokens in each of its rows, the other W + 1 = 16
     ledger = engine.manager.ledger
@@ -237,7 +237,7 @@ def test_statistics_of_several_ranks_are_means_over_all_their_rows():
     stats = engine.connector.stats
     assert (stats.eligible_tokens, stats.evicted_tokens) == (32, 16)
     assert "live compression 1.50x" in stats.line()
-    assert engine.manager.live_fraction.value == 1.0  # blocks follow the fullest rank
+    assert engine.manager.admission.live_fraction.value == 1.0  # blocks follow the fullest rank
     engine.drain()
     assert engine.params["a"]["dms"]["live_tokens"] == 32.5
 

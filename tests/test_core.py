@@ -13,8 +13,9 @@ from vllm_dms.arena.layout import choose_page_size
 from vllm_dms.arena.messages import DMSReport
 from vllm_dms.arena.report import Usage
 from vllm_dms.core.integrity import check_integrity
-from vllm_dms.core.ledger import Growth, Ledger
+from vllm_dms.core.ledger import Ledger
 from vllm_dms.core.mailbox import Mailbox
+from vllm_dms.core.records import Growth
 from vllm_dms.core.sessions import Sessions
 from vllm_dms.core.shortage import Shortage, Shortages
 
@@ -23,12 +24,24 @@ def report(step_id, *rows) -> DMSReport:
     return DMSReport._of_usage(step_id, Usage.of_rank(np.array(rows)))
 
 
+# Texts begin the same, up to somewhere; 7 is what answers consist of. Salts keep them apart.
+text = st.tuples(
+    st.integers(0, 190), st.sampled_from([1, 7, 8]), st.sampled_from([None, None, None, "salt"])
+)
+
+
+def make_prompt(num_prompt, text):
+    same, then, _ = text
+    return [1] * min(same, num_prompt) + [then] * (num_prompt - same)
+
+
 # Prompts of up to four chunks; answers long enough for several pages of survivors.
 arrival = st.tuples(
     st.just("add"),
     st.integers(1, 190),
     st.integers(1, 60),
     st.sampled_from([0.0, 0.1, 0.4, 1.0]),
+    text,
 )
 # Turns of up to three sessions with streaming input; five turns are within max_model_len.
 turn = st.tuples(
@@ -60,19 +73,30 @@ commands = st.tuples(
     extra_blocks=st.integers(0, 12),
     ratio=st.sampled_from([1.0, 4.0]),
     policy=st.sampled_from(["fcfs", "priority"]),
+    prefix_cache=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_no_page_beyond_the_blocks_held_and_everything_returned(
-    commands, lag, ranks, extra_blocks, ratio, policy, seed
+    commands, lag, ranks, extra_blocks, ratio, policy, prefix_cache, seed
 ):
-    engine = make_engine(ratio, extra_blocks, lag=lag, ranks=ranks, seed=seed, policy=policy)
+    """With states that are kept: that nobody wrote to their blocks, and that a request goes on only
+    from the state of its own first tokens, the workers check."""
+    engine = make_engine(ratio, extra_blocks, policy, prefix_cache, lag=lag, ranks=ranks, seed=seed)
+    drive(engine, commands, ratio)
+
+
+def drive(engine, commands, ratio):
     added, turns = [], Counter()
     for command, *args in commands:
         if command == "add":
             # Ids are used again, but not while a step has them: vLLM itself forbids that.
             request_id = f"r{len(added) % 8}"
             if not engine.knows(request_id):
-                engine.add(request_id, *args, priority=len(added) * 7 % 3)
+                num_prompt, max_tokens, keep, text = args
+                engine.add(
+                    request_id, num_prompt, max_tokens, keep, len(added) * 7 % 3,
+                    ids=make_prompt(num_prompt, text), salt=text[2],
+                )  # fmt: skip
             added.append(request_id)
         elif command == "turn":
             request_id, *rest = f"s{args[0]}", *args[1:]
@@ -92,8 +116,9 @@ def test_no_page_beyond_the_blocks_held_and_everything_returned(
             engine.check()
         # While a session is open vLLM may refuse: it can't take the blocks of idle ones.
         elif command == "reset" and not any(engine.knows(f"s{i}") for i in range(3)):
-            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
             engine.check()
+            assert engine.manager.prefix is None or not engine.manager.prefix.kept.states
     engine.drain()  # idle sessions stop nobody
     for request_id in turns:
         if engine.knows(request_id):
@@ -188,7 +213,7 @@ def test_a_request_that_a_report_made_fit_may_wait_anew():
 def test_nobody_is_preempted_when_a_report_in_flight_brings_the_blocks():
     # Four chunks of 48 tokens in flight hold 12 of the 16 blocks until the first report.
     engine = make_engine(1.0, lag=3)
-    engine.manager.live_fraction.add(Growth(eligible=10**9, fullest=0, kept=0))
+    engine.manager.admission.live_fraction.add(Growth(eligible=10**9, fullest=0, kept=0))
     for i, num_prompt in enumerate((16, 16, 16, 200)):
         engine.add(str(i), num_prompt, 25, keep=0.0)
     engine.drain()
@@ -208,7 +233,7 @@ def test_preempted_requests_come_back_and_finish():
 
 def test_a_request_that_kept_much_comes_back_only_when_that_fits():
     engine = make_engine(1.0)
-    engine.manager.live_fraction.add(Growth(eligible=10**9, fullest=0, kept=0))
+    engine.manager.admission.live_fraction.add(Growth(eligible=10**9, fullest=0, kept=0))
     for i in range(4):
         engine.add(f"r{i}", 60, 120, keep=1.0)
     engine.drain()

@@ -11,6 +11,7 @@ from vllm import envs
 
 from vllm_dms import connector
 from vllm_dms.backend.runtime import get_runtime
+from vllm_dms.core.scheduler import make_scheduler
 
 REFUSED = {
     "speculation": (
@@ -135,6 +136,15 @@ def test_pages_that_straddle_blocks_are_refused(checkpoint, make_engine):
         make_engine(checkpoint("nvidia-borrowed"), **engine_args(96, additional_config=overrides))
 
 
+def test_prefix_cache_replaces_vllms_and_cuts_chunks(checkpoint):
+    path, settings = checkpoint("nvidia-borrowed"), {"dms": {"prefix_cache": True}}
+    config = engine_config(path, enable_prefix_caching=True, additional_config=settings)
+    assert config.cache_config.enable_prefix_caching is False
+    assert config.scheduler_config.get_scheduler_cls() is make_scheduler
+    own = engine_config(path, additional_config=settings, scheduler_cls="my.Scheduler")
+    assert own.scheduler_config.scheduler_cls == "my.Scheduler"
+
+
 def test_prefix_caching_is_turned_off(checkpoint):
     config = engine_config(checkpoint("nvidia-borrowed"), enable_prefix_caching=True)
     assert config.cache_config.enable_prefix_caching is False
@@ -196,7 +206,13 @@ def test_flags_that_have_no_effect_are_named(checkpoint, vllm_warnings):
     assert "turned off" not in vllm_warnings.text and "no effect" not in vllm_warnings.text
     engine_config(path, enable_prefix_caching=True, attention_backend="FLASH_ATTN")
     assert "Prefix caching is turned off" in vllm_warnings.text
+    assert '{"dms": {"prefix_cache": true}}' in vllm_warnings.text
     assert "--attention-backend FLASH_ATTN has no effect" in vllm_warnings.text
+    vllm_warnings.clear()
+    settings = {"dms": {"prefix_cache": True}}
+    engine_config(path, additional_config=settings, scheduler_cls="my.Scheduler")
+    assert "--scheduler-cls my.Scheduler" in vllm_warnings.text
+    assert "turned off" not in vllm_warnings.text
 
 
 @pytest.mark.parametrize("dialect", ["nvidia-borrowed", "nvidia-adapter", "fastdms"])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
-from vllm_dms.core.ledger import Growth, Ledger
+from vllm_dms.core.ledger import Ledger
+from vllm_dms.core.records import Growth
 
 
 def worst_case(live: np.ndarray, tokens: int, size: int) -> int:

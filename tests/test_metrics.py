@@ -30,6 +30,7 @@ PAYLOAD = {
     **{"evicted_tokens": 6.5, "eligible_tokens": 8, "returned_blocks": 3},
     **{"preemptions": 2, "ended_requests": 1},
     **{"live_tokens": 12.5, "dense_tokens": 100, "held_blocks": 4, "usable_blocks": 9},
+    **{"kept_states": 2, "kept_blocks": 5},
 }
 
 

@@ -22,6 +22,26 @@ SECOND_ENGINE = pytest.mark.skipif(
 )
 
 
+def run_job(job, tmp_path) -> dict:
+    """What `spawned_engine.py` writes."""
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("spawned_engine.py")
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(job), str(tmp_path / "out.json")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads((tmp_path / "out.json").read_text())
+
+
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two workers need two GPUs")
 @pytest.mark.parametrize(
     ("parallel", "dialect"),
@@ -42,22 +62,7 @@ def test_two_spawned_workers_are_exact(checkpoint, tmp_path, parallel, dialect, 
         "prompts": prompts((30, 250, 600)),
         "max_tokens": 24,
     }
-    env = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-    }
-    script = Path(__file__).with_name("spawned_engine.py")
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job), str(tmp_path / "out.json")],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    out = json.loads((tmp_path / "out.json").read_text())
+    out = run_job(job, tmp_path)
     reference = ReferenceModel.from_dir(path)
     eligible = evicted = 0
     for prompt, (ids, steps) in zip(job["prompts"], out["answers"], strict=True):
@@ -75,3 +80,29 @@ def test_two_spawned_workers_are_exact(checkpoint, tmp_path, parallel, dialect, 
     assert all(metrics["eligible_tokens"])
     assert eligible - slack <= sum(metrics["eligible_tokens"]) <= eligible
     assert evicted - slack <= sum(metrics["evicted_tokens"]) <= evicted
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two workers need two GPUs")
+def test_two_ranks_keep_and_restore_the_same_states(checkpoint, tmp_path):
+    """Each its own head, with as many pages as that keeps; blocks are by the fullest."""
+    path = checkpoint("nvidia-borrowed")
+    document, *questions = prompts((300, 20, 30, 40, 50))
+    settings = {"dms": {"prefix_cache": True}}
+    parallel = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}
+    job = {
+        "model": str(path),
+        "args": engine_args(96, enforce_eager=True, additional_config=settings, **parallel),
+        "prompts": [document + question for question in questions],
+        "max_tokens": 24,
+    }
+    out = run_job(job, tmp_path)
+    reference = ReferenceModel.from_dir(path)
+    for prompt, (ids, steps) in zip(job["prompts"], out["answers"], strict=True):
+        rows = reference.forward(prompt + ids).logits.log_softmax(-1)
+        for i, entries in enumerate(steps):
+            row = rows[len(prompt) - 1 + i]
+            assert all(abs(row[int(t)].item() - lp) < NOISE for t, lp in entries.items())
+    # The document was read once: what left the window after it, four times.
+    past = 300 - 12 - 17 + sum(12 + len(q) + 23 for q in questions)
+    assert abs(sum(out["metrics"]["eligible_tokens"]) - past) <= 5 * len(questions)
+    assert out["metrics"]["kept_states"] > [0]

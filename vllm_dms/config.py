@@ -64,6 +64,7 @@ _RULES = {
     ),
     "kernels": _one_of("auto", "triton", "torch"),
     "log_interval": (lambda v: _is_number(v) and v >= 0, "seconds, 0 for never"),
+    "prefix_cache": _one_of(True, False),
     "adapter_dir": (lambda v: v is None or isinstance(v, str), "a directory"),
 }
 
@@ -93,6 +94,7 @@ class DMSConfig:
     page_size: int | None = None  # slots per leaf page; None: chosen by the layout
     kernels: Literal["auto", "triton", "torch"] = "auto"
     log_interval: float = 10.0  # seconds between compression lines; 0: none
+    prefix_cache: bool = False  # states are kept, and found by requests that begin the same
     adapter_dir: str | None = None  # where adapter weights are, if not in the checkpoint
 
     def __post_init__(self) -> None:

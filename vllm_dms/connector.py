@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.backend.runtime import Runtime, bound_runtime
-from vllm_dms.backend.updates import apply_updates
+from vllm_dms.backend.updates import apply_message
 from vllm_dms.config import DMSConfig
 from vllm_dms.core.banner import banner
 from vllm_dms.core.manager import DMSManager
@@ -65,6 +65,8 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
                 "--kv-cache-dtype auto."
             )
         self._manager = managers[0]
+        if self._config.prefix_cache:
+            self._manager.keep_states()
         self.stats = Stats(self._manager, self._config.evict, self._config.log_interval)
         self._changes = Changes(self.stats, self._manager)
         model_len = self._vllm_config.model_config.max_model_len
@@ -74,11 +76,22 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     def on_new_request(self, request: Request) -> None:
         if request.resumable:
             self._manager.sessions.open(request)
+        if self._manager.prefix is not None:
+            self._manager.prefix.branches.arrives(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return 0, False
+        """Of a state that is kept; it is restored by the message of the step that starts it."""
+        prefix = self._manager.prefix
+        return (0 if prefix is None else prefix.match(request)), False
+
+    def chunk_of(self, request: Request, start: int, num_tokens: int) -> int:
+        """For `core.scheduler`: the next chunk's tokens, of at most ``num_tokens``."""
+        prefix = self._manager.prefix
+        return (
+            num_tokens if prefix is None else prefix.branches.chunk_of(request, start, num_tokens)
+        )
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -105,8 +118,13 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._manager.request_finishes(request.request_id)
+        self._manager.request_finishes(request)
         return False, {"dms": self.stats.of_finished(request.request_id)}
+
+    def reset_cache(self) -> bool:
+        if self._manager.prefix is not None:
+            self._manager.prefix.clear()
+        return True
 
     def get_kv_connector_stats(self) -> DMSConnectorStats | None:
         return self._changes.take() if self.role is KVConnectorRole.SCHEDULER else None
@@ -135,7 +153,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         # Not kept from the start: engines that share a process share its worker connector.
         self._runtime = bound_runtime(forward_context.no_compile_layers)
-        apply_updates(self._runtime.state, self._meta())
+        apply_message(self._runtime.state, self._runtime.snapshots, self._meta())
 
     def build_connector_worker_meta(self) -> DMSReport | None:
         meta = self._meta()

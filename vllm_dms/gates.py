@@ -30,6 +30,7 @@ logger = init_logger(__name__)
 # Flag value -> DMSConfig.storage.
 CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8", "dms_int4": "int4"}
 CONNECTOR = "DMSConnector"
+SCHEDULER = "vllm_dms.core.scheduler.make_scheduler"  # with `prefix_cache`
 # vLLM's own list plus ours; set before vLLM fills in its default.
 ATTENTION_OPS = ("vllm_dms::attention", "vllm_dms::attention_of_projection")
 
@@ -142,12 +143,14 @@ def transfer_config() -> KVTransferConfig:
 
 def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
     cache = vllm_config.cache_config
-    if cache.enable_prefix_caching:
+    if config.prefix_cache:
+        _cut_chunks(vllm_config)
+    elif cache.enable_prefix_caching:
         logger.warning(
-            "Prefix caching is turned off: with --kv-cache-dtype dms a block holds survivors of "
-            "one request, which another request can't share."
+            "Prefix caching is turned off: with --kv-cache-dtype dms it is DMS's own, and on with "
+            """--additional-config '{"dms": {"prefix_cache": true}}'."""
         )
-        cache.enable_prefix_caching = False
+    cache.enable_prefix_caching = False  # vLLM's, which shares blocks: survivors are of one request
     if current_platform.is_cpu() and not cache.user_specified_block_size:
         # vLLM's own choice there, which 0.33 makes only after the model fixed the arena's layout.
         cache.block_size = 128
@@ -168,6 +171,19 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
         missing = [op for op in ATTENTION_OPS if op not in splitting]
         compilation.splitting_ops = [*splitting, *missing]
     _select_model(vllm_config)
+
+
+def _cut_chunks(vllm_config: VllmConfig) -> None:
+    """States are kept where a prompt's chunk ends, so chunks end where states are to be kept."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        logger.warning(
+            "--scheduler-cls %s: prompts that begin the same share a state only where one of them "
+            "ends, not where they diverge.",
+            scheduler.scheduler_cls,
+        )
+        return
+    scheduler.scheduler_cls = SCHEDULER
 
 
 def _select_model(vllm_config: VllmConfig) -> None:

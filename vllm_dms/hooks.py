@@ -33,6 +33,7 @@ OVERRIDDEN = {
         "streaming input": "on_new_request",
         "ending a request that can never fit": "get_block_ids_with_load_errors",
         "ending a waiting request that can never fit": "get_transfer_results",
+        "forgetting the states that are kept": "reset_cache",
         "the metrics": "get_kv_connector_stats build_kv_connector_stats build_prom_metrics",
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats": {
@@ -53,6 +54,13 @@ OVERRIDDEN = {
         "the end of a request": "pop_blocks_for_free",
         "leaving eviction to the worker": "remove_skipped_blocks",
         "keeping blocks out of the prefix cache": "cache_blocks find_longest_cache_hit",
+        "states that are kept": "allocate_external_computed_blocks",
+    },
+    "vllm.v1.core.sched.scheduler:Scheduler": {
+        "chunks that end where a state is kept": "_mamba_block_aligned_split",
+    },
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": {
+        "chunks that end where a state is kept": "_mamba_block_aligned_split",
     },
     "vllm.v1.kv_cache_interface:AttentionSpec": {
         "keeping blocks out of the prefix cache": "prefix_cacheable",
@@ -118,6 +126,10 @@ _OTHER = {
     "vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs",
     "block rows before the forward pass": "vllm.v1.core.sched.output:"
     "SchedulerOutput.has_sync_kv_loads",
+    "states that are kept": "vllm.v1.core.block_pool:BlockPool.unpin_blocks "
+    "vllm.v1.core.block_pool:BlockPool.touch vllm.v1.core.block_pool:BlockPool.free_blocks "
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys "
+    "vllm.config:SchedulerConfig.scheduler_cls",
     "ending a waiting request that can never fit": "vllm.v1.request:"
     "RequestStatus.WAITING_FOR_REMOTE_KVS",
 }

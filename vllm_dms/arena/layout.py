@@ -109,6 +109,17 @@ class ArenaLayout:
         """Entries of a row's page table: its first pages, then its leaves."""
         return self.leaf_size + self.max_leaves_per_row
 
+    @property
+    def record_row_bytes(self) -> int:
+        """Bytes of one row in a record: live slots, page table, verdicts; whole int32."""
+        return 4 + 4 * self.table_width + -(-self.ring_size // 4) * 4
+
+    @property
+    def record_blocks(self) -> int:
+        """Blocks that hold the record of a state that is kept (`backend.snapshots`): what lies
+        beside its pages, after two counters."""
+        return -(-(8 + self.num_rows * self.record_row_bytes) // self.block_bytes)
+
     def side_bytes(self, max_num_seqs: int, max_tokens: int, num_blocks: int = 0) -> int:
         """Bytes beside the arena: the state of ``max_num_seqs`` requests and the null state,
         `Scratch` for batches of ``max_tokens``, and what ``num_blocks`` blocks bring. The kernels

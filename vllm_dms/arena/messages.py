@@ -1,7 +1,7 @@
 """What scheduler and worker tell each other, once per step."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_dms.arena.report import Usage
+
+
+class Copy(NamedTuple):
+    """A request's state is kept, or given to another; see `backend.snapshots`."""
+
+    state: int  # index
+    # int32 [n], [n], [record_blocks]: read from, written to, and what lies beside them
+    blocks: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,9 @@ class DMSStepMeta(KVConnectorMetadata):
     starts: np.ndarray  # [s, 2] new and resumed requests: state index, first block
     fail_blocks: frozenset[int]  # first blocks of running requests to end with an error
     fail_requests: frozenset[str]  # waiting ones
+    # In their order; before the rest of this message, and after it.
+    saves: tuple[Copy, ...] = ()
+    restores: tuple[Copy, ...] = ()
 
 
 class DMSReport(KVConnectorWorkerMetadata):

@@ -12,6 +12,7 @@ from vllm_dms.arena.layout import ArenaLayout, choose_page_size
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.projection import Projection
+from vllm_dms.backend.snapshots import Snapshots, TorchSnapshots
 from vllm_dms.backend.state import (
     ArenaState,
     allocate_scratch,
@@ -105,6 +106,7 @@ class Runtime:
         )
         self.ops: Ops
         self.reporter: Reporter
+        self.snapshots: Snapshots | None = None  # with `DMSConfig.prefix_cache`
         self._state: ArenaState | None = None
         self._storage_ptr = 0
 
@@ -151,6 +153,8 @@ class Runtime:
         self._state = state
         self.ops = self._make_ops(self._state)
         self.reporter = Reporter(self._state, self.ops)
+        if self.config.prefix_cache:
+            self.snapshots = make_snapshots(self._state, choose_ops(self.config, kv_cache.device))
         self._storage_ptr = storage.data_ptr()
         self._warm_up()
 
@@ -160,6 +164,16 @@ class Runtime:
         self.ops.warm_up(self._dtype, self.projection)
         self.reporter.warm_up()
         apply_updates(self.state, NULL_STEP)
+
+
+def make_snapshots(state: ArenaState, ops: str) -> Snapshots:
+    if ops == "torch":
+        return TorchSnapshots(state)
+    from vllm_dms.backend.kernels.snapshots import TritonSnapshots
+
+    snapshots = TritonSnapshots(state)
+    snapshots.warm_up()
+    return snapshots
 
 
 def find_layer(layers: Mapping[str, Any]) -> Any:

@@ -18,7 +18,8 @@ class ArenaState:
     """Persistent tensors of one worker. Addresses never change after start-up (CUDA graphs)."""
 
     layout: ArenaLayout
-    pages: Pages  # views of vLLM's own KV allocation
+    blocks: torch.Tensor  # uint8 [num_blocks, block_bytes]: vLLM's own KV allocation
+    pages: Pages  # views of the same
     # Written by the connector before a forward pass, read by `store`.
     state_of_block: torch.Tensor  # int32 [num_blocks]: first block of a request -> state index
     block_rows: torch.Tensor  # int32 [num_states, max_blocks_per_request]: blocks in order of use
@@ -124,9 +125,11 @@ def bind_state(storage: torch.Tensor, layout: ArenaLayout, side: SideState) -> A
     side.page_table.zero_()
     num_leaves = num_blocks * layout.leaves_per_block
     int32 = {"dtype": torch.int32, "device": storage.device}
-    raw = storage[: num_blocks * layout.block_bytes].view(-1, layout.page_bytes)
+    blocks = storage[: num_blocks * layout.block_bytes].view(num_blocks, -1)
+    raw = blocks.view(-1, layout.page_bytes)
     return ArenaState(
         layout=layout,
+        blocks=blocks,
         pages=layout.storage.view_pages(raw, layout.page_size, layout.head_dim),
         state_of_block=torch.zeros(num_blocks, **int32),
         block_rows=side.block_rows,

@@ -9,6 +9,7 @@ import torch
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.ops import Ops
+from vllm_dms.backend.snapshots import Snapshots, on_device
 from vllm_dms.backend.state import ArenaState
 
 # More than the steps that can be in flight, so that a buffer's copy is long done when it is reused.
@@ -24,8 +25,23 @@ NULL_STEP = DMSStepMeta(
 )
 
 
+def apply_message(state: ArenaState, snapshots: Snapshots | None, meta: DMSStepMeta) -> None:
+    """Must precede the step's forward pass on the stream.
+
+    What is kept is what the steps before this one left, and its index may be another's from now
+    on; what is restored is read before the step writes anything.
+    """
+    for save in on_device(meta.saves, state.blocks.device):
+        assert snapshots is not None, "prefix_cache is off"
+        snapshots.save(*save)
+    apply_updates(state, meta)
+    for restore in on_device(meta.restores, state.blocks.device):
+        assert snapshots is not None, "prefix_cache is off"
+        snapshots.restore(*restore)
+
+
 def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
-    """Bring the block rows up to date; must precede the step's forward pass on the stream."""
+    """Bring the block rows up to date."""
     num_rows, num_starts = len(meta.row_updates), len(meta.starts)
     if num_rows == 0 and num_starts == 0:
         return

@@ -32,6 +32,10 @@ def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len
         fit = "the checkpoint states no compression ratio"
     else:
         fit = f"about {nominal:.1f} at the checkpoint's nominal {config.nominal_ratio:g}x"
+    keeps = (
+        "prefix cache on: states are kept in free blocks, each with "
+        f"{layout.record_blocks * layout.block_bytes / MIB:.1f} MiB beside its pages"
+    )
     return "\n".join(
         (
             f"DMS cache: {config.dialect} checkpoint, window {config.window}, each token's fate "
@@ -44,5 +48,6 @@ def banner(spec: DMSCacheSpec, config: DMSConfig, num_blocks: int, max_model_len
             f"{spec.max_num_seqs} requests",
             f"  requests of {max_model_len} tokens that fit at once: {dense:.1f} if nothing is "
             f"evicted; {fit}",
+            *((f"  {keeps}",) if config.prefix_cache else ()),
         )
     )

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from vllm_dms.core.manager import DMSManager, assert_owned
+from vllm_dms.core.manager import DMSManager
+from vllm_dms.core.prefix import PrefixCache
+from vllm_dms.core.supply import assert_owned
 
 
 def check_integrity(manager: DMSManager) -> None:
@@ -27,3 +29,20 @@ def check_integrity(manager: DMSManager) -> None:
         assert num_blocks == ledger.held[state] >= 1
         assert ledger.pages[state] <= num_blocks * ledger.pages_per_block
         assert ledger.scheduled_end[state] <= ledger.safe_end[state]
+    if manager.prefix is not None:
+        check_kept(manager.prefix, set(ids))
+
+
+def check_kept(prefix: PrefixCache, owned: set[int]) -> None:
+    """Blocks of what is kept are free, and each is of one state."""
+    blocks = [b for kept in prefix.kept.states for b in (*kept.blocks, *kept.record)]
+    ids = [b.block_id for b in blocks]
+    assert len(set(ids)) == len(ids) == prefix.kept.num_blocks, "a block is kept twice, or for none"
+    assert owned.isdisjoint(ids), "a block is kept and owned"
+    for block in blocks:
+        assert block.ref_cnt == 0 and block.next_free_block is not None, "kept, but not free"
+    for kept in prefix.kept.states:
+        assert kept.blocks and kept.record
+        needed = kept.mark and -(-kept.mark.num_pages // prefix.kept.pages_per_block)
+        assert needed in (None, len(kept.blocks)), "more or fewer blocks than it needs"
+    assert len({kept.key for kept in prefix.kept.states}) == len(prefix.kept), "kept twice"

@@ -15,30 +15,11 @@ Tensor-parallel ranks share the blocks: pages are those of the fullest rank, so 
 every rank.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from vllm_dms.arena.layout import ArenaLayout
-from vllm_dms.arena.report import REPORT_HORIZON, Usage
-
-
-class Step(NamedTuple):
-    """What a step was scheduled with, kept until its report arrives: [n], by request."""
-
-    step_id: int
-    requests: tuple[str, ...]
-    states: np.ndarray  # state index
-    tenancies: np.ndarray  # of that index when the step was scheduled
-    ends: np.ndarray  # tokens of the request after the step
-
-
-class Growth(NamedTuple):
-    """What one report adds: tokens that left their window, and what was kept of them."""
-
-    eligible: int  # tokens
-    fullest: int  # slots, over the rows of the fullest rank
-    kept: int  # slots, over the rows of all ranks
+from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
+from vllm_dms.core.records import Growth, Mark, Step
 
 
 class Ledger:
@@ -80,6 +61,10 @@ class Ledger:
         """Those that own a state index, and so hold blocks."""
         return tuple(self._states)
 
+    @property
+    def last_tenancy(self) -> int:
+        return self._tenancies
+
     def state_of(self, request_id: str) -> int | None:
         return self._states.get(request_id)
 
@@ -99,6 +84,19 @@ class Ledger:
         self.need[state, 0] = 0
         return state
 
+    def resume(self, state: int, mark: Mark) -> None:
+        """Not at zero tokens, but where another request was."""
+        self.scheduled_end[state] = self.reported_end[state] = mark.num_tokens
+        self.pages[state], self.fullest[state] = mark.row[0], mark.row[-1]
+        self.need[state, 1:] = mark.row[1:-1]
+        self.live[state] = mark.live
+
+    def mark(self, state: int) -> Mark:
+        """What its last report said."""
+        row = np.empty(REPORT_WIDTH, dtype=np.int64)
+        row[0], row[1:-1], row[-1] = self.pages[state], self.need[state, 1:], self.fullest[state]
+        return Mark(self.reported_end.item(state), row, self.live.item(state))
+
     def release(self, request_id: str) -> int:
         """The request gives its state index back. Reports of its steps may still be due: they are
         dropped. Its blocks may be another's at once: the device works in the order of steps."""
@@ -117,13 +115,21 @@ class Ledger:
     def required_one(self, state: int, end: int) -> int:
         """Blocks needed so that ``state`` can run up to ``end`` tokens."""
         ahead = end - self.reported_end.item(state)
-        if ahead <= REPORT_HORIZON:
-            further = self.need.item(state, ahead)
-        else:
+        further = self.need.item(state, ahead) if ahead <= REPORT_HORIZON else None
+        return self._required(self.pages.item(state), ahead, further, end)
+
+    def required_after(self, mark: Mark, end: int) -> int:
+        """The same for a request that goes on from ``mark``."""
+        ahead = end - mark.num_tokens
+        further = mark.row.item(ahead) if 0 < ahead <= REPORT_HORIZON else None
+        return self._required(mark.num_pages, ahead, further, end)
+
+    def _required(self, pages: int, ahead: int, further: int | None, end: int) -> int:
+        if further is None:
             further = self.num_rows * -(-ahead // self.page_size)
         dense = self.num_rows * -(-end // self.page_size)
         # Block 0 of a row stays: it is how the device finds the request.
-        return max(-(-min(self.pages.item(state) + further, dense) // self.pages_per_block), 1)
+        return max(-(-min(pages + further, dense) // self.pages_per_block), 1)
 
     def grow(self, state: int, num_blocks: int, end: int) -> None:
         """Record that ``state`` now holds ``num_blocks``, which suffice for ``end`` tokens."""

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import numpy as np
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from vllm_dms.arena.messages import DMSStepMeta
-from vllm_dms.core.ledger import Step
+from vllm_dms.arena.messages import Copy, DMSStepMeta
+from vllm_dms.core.records import Step
 
 
 class Mailbox:
@@ -19,6 +19,8 @@ class Mailbox:
         self._starts: dict[int, int] = {}
         self._fail_blocks: list[int] = []
         self._fail_requests: list[str] = []
+        self._saves: list[Copy] = []
+        self._restores: list[Copy] = []
 
     def start(self, state: int, first: KVCacheBlock) -> None:
         """The device finds the state index by the request's first block."""
@@ -36,6 +38,16 @@ class Mailbox:
         self._starts.pop(state, None)
         if self._row_updates:
             self._row_updates = [u for u in self._row_updates if u[0] != state]
+        if self._restores:
+            self._restores = [copy for copy in self._restores if copy.state != state]
+
+    def save(self, copy: Copy) -> None:
+        """What the steps so far left; even of a request that is about to go."""
+        self._saves.append(copy)
+
+    def restore(self, copy: Copy) -> None:
+        """For a request that starts in the coming step."""
+        self._restores.append(copy)
 
     def fail_running(self, first: KVCacheBlock) -> None:
         """Have the worker name this block as failed: vLLM ends the running request that owns it."""
@@ -55,9 +67,12 @@ class Mailbox:
             starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
             fail_blocks=frozenset(self._fail_blocks),
             fail_requests=frozenset(self._fail_requests),
+            saves=tuple(self._saves),
+            restores=tuple(self._restores),
         )
         self._row_updates, self._starts = [], {}
         self._fail_blocks, self._fail_requests = [], []
+        self._saves, self._restores = [], []
         return meta
 
     def receive(self, step_id: int) -> Step:

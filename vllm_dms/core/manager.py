@@ -7,6 +7,8 @@ state index   `Ledger`                  `allocate_new_blocks`, of  `pop_blocks_f
                                         a request without one      aborted, preempted, gave way
 block         vLLM's pool, or one       `allocate_new_blocks`      `pop_blocks_for_free`; surplus
               request: `req_to_blocks`                             in `merge`, while it runs
+kept state    `PrefixCache`; its        the end of a prompt or     the pool hands out one of its
+              blocks are the pool's     request, a branch          blocks, `clear`, a hit takes over
 page          the device; a request     a token that opens it,     with its block, never before
               has those of its blocks   the lowest free one
 message       `Mailbox`                 while a step is scheduled  `close_step` posts it; the worker
@@ -32,14 +34,18 @@ from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request
 
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.spec import DMSCacheSpec
-from vllm_dms.core.admission import LiveFraction, estimate_blocks
-from vllm_dms.core.ledger import Growth, Ledger, Step
+from vllm_dms.core.admission import Admission
+from vllm_dms.core.ledger import Ledger
 from vllm_dms.core.mailbox import Mailbox
+from vllm_dms.core.prefix import PrefixCache
+from vllm_dms.core.records import Growth, Step
 from vllm_dms.core.sessions import Sessions
 from vllm_dms.core.shortage import Shortage, Shortages
+from vllm_dms.core.supply import Supply, assert_owned
 
 logger = init_logger(__name__)
 
@@ -65,21 +71,28 @@ class DMSManager(SingleTypeKVCacheManager):
         self.shortages = Shortages(
             self.ledger, self.mailbox, self.sessions, self.req_to_blocks, spec.reserve_compression
         )
-        self.live_fraction = LiveFraction(spec.layout.num_rows)
+        self.supply = Supply(block_pool, self.shortages)
+        self.prefix: PrefixCache | None = None
+        self.admission = Admission(spec)
         self.returned_blocks = 0
         self._num_steps = 0
         self._admit = True
-        # What preempted requests had kept: the average says little about when they fit again.
-        self._own_fraction: dict[str, float] = {}
         self._finishing: set[str] = set()
 
     @property
     def num_usable_blocks(self) -> int:
         return self.block_pool.num_gpu_blocks - 1  # without the null block
 
+    def keep_states(self) -> None:
+        """For requests that begin as earlier ones did."""
+        parts = (self.ledger, self.mailbox, self.req_to_blocks, self.supply)
+        self.prefix = PrefixCache(self.spec, self.block_pool, *parts)
+
     # The scheduler's calls.
 
     def new_step_starts(self) -> None:
+        if self.prefix is not None:
+            self.prefix.new_step_starts()
         self._admit = True
         self.sessions.new_step_starts()
         self.shortages.new_step_starts()
@@ -107,8 +120,12 @@ class DMSManager(SingleTypeKVCacheManager):
                 return self.block_pool.num_gpu_blocks
             if num_tokens <= self.ledger.read_safe_end[state]:
                 return 0
+        starts = state is None and self.prefix
+        mark = starts.mark_of_hit(request_id, total_computed_tokens) if starts else None
         if apply_admission_cap:
-            needed = self._estimate(request_id, num_tokens)
+            needed = self.admission.estimate(request_id, num_tokens, mark, self.num_usable_blocks)
+        elif mark is not None:
+            needed = self.ledger.required_after(mark, num_tokens)
         elif state is None:
             needed = self.spec.dense_blocks(num_tokens)
         else:
@@ -121,12 +138,6 @@ class DMSManager(SingleTypeKVCacheManager):
             self.shortages.note(Shortage(request_id, needed, missing))
         return missing
 
-    def _estimate(self, request_id: str, num_tokens: int) -> int:
-        own = self._own_fraction.get(request_id, 0.0)
-        estimate = estimate_blocks(self.spec, num_tokens, max(self.live_fraction.value, own))
-        # A request that is alone is let in whatever the guess, so that none waits for ever.
-        return min(estimate, self.num_usable_blocks)
-
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -134,16 +145,18 @@ class DMSManager(SingleTypeKVCacheManager):
         the worker can't shrink. Its blocks travel in the connector's message instead."""
         ledger = self.ledger
         state = ledger.state_of(request_id)
-        first = state is None
+        first, hit = state is None, None
         if state is None:
             state = ledger.start(request_id)
+            hit = self.prefix.starts(request_id, state) if self.prefix else None
         ledger.scheduled_end[state] = num_tokens
         self.shortages.resolved(request_id)
         if num_tokens <= ledger.read_safe_end[state]:
             return []
         blocks = self.req_to_blocks[request_id]
         held = len(blocks)
-        new = self._take(max(ledger.required_one(state, num_tokens) - held, 0))
+        take = self.supply.take if hit is None else hit
+        new = take(max(ledger.required_one(state, num_tokens) - held, 0))
         blocks.extend(new)
         ledger.grow(state, len(blocks), num_tokens)
         self.mailbox.give(state, held, new)
@@ -157,53 +170,36 @@ class DMSManager(SingleTypeKVCacheManager):
         state = self.ledger.state_of(request_id)
         if request_id in self._finishing:
             self._finishing.discard(request_id)
-            self._own_fraction.pop(request_id, None)
+            self.admission.finished(request_id)
         elif state is not None:
-            self._own_fraction[request_id] = self.ledger.live_fraction(state)
+            self.admission.preempted(request_id, self.ledger.live_fraction(state))
+        assert_owned(blocks)
+        num_kept = 0 if self.prefix is None else self.prefix.leave(request_id, state, blocks)
         if state is None:
             assert not blocks, f"{request_id} holds blocks without a state index"
             return blocks
         assert len(blocks) == self.ledger.held[state], (request_id, len(blocks))
-        assert_owned(blocks)
         self.ledger.release(request_id)
         self.mailbox.forget(state)
         self.shortages.gone(request_id, blocks[0])
-        return blocks
+        return blocks[num_kept:]
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Nothing to do: `merge` returns surplus as soon as it is known."""
 
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: `allocate_new_blocks` has the blocks of what was kept copied, too."""
+
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: there is no prefix caching."""
+        """Nothing to do: vLLM's prefix caching is off."""
 
     @classmethod
     def find_longest_cache_hit(
-        cls,
-        block_hashes: Any,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        *args: Any,
-        **kw: Any,
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *_: Any, **__: Any
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         return tuple([] for _ in kv_cache_group_ids), 0
-
-    def _take(self, count: int) -> list[KVCacheBlock]:
-        """Blocks from the pool; not those that still name a failed request."""
-        quarantine = self.shortages.quarantine
-        blocks = self.block_pool.get_new_blocks(count)
-        if quarantine:
-            held_back = [b for b in blocks if b.block_id in quarantine]
-            while len(blocks) - len(held_back) < count:
-                (block,) = self.block_pool.get_new_blocks(1)
-                blocks.append(block)
-                if block.block_id in quarantine:
-                    held_back.append(block)
-            blocks = [b for b in blocks if b.block_id not in quarantine]
-            self.block_pool.free_blocks(held_back)
-        assert_owned(blocks)
-        return blocks
 
     # The connector's calls.
 
@@ -211,6 +207,8 @@ class DMSManager(SingleTypeKVCacheManager):
         """The message to the worker for the step that was just scheduled."""
         self._num_steps += 1
         step = self.ledger.make_step(self._num_steps, tuple(request_ids))
+        if self.prefix is not None:
+            self.prefix.scheduled(step)
         nothing_runs = not step.requests and not self.mailbox.in_flight
         gives_way = self.shortages.resolve_waiting(self.num_usable_blocks, nothing_runs)
         if gives_way is not None:
@@ -225,8 +223,10 @@ class DMSManager(SingleTypeKVCacheManager):
     def merge(self, report: DMSReport) -> tuple[Step, Growth]:
         """Take in the report of a step and return the blocks that nobody needs any more."""
         step = self.mailbox.receive(report.step_id)
+        if self.prefix is not None:
+            self.prefix.kept.resolve(step, report.usage)
         surplus, growth = self.ledger.merge(step, report.usage)
-        self.live_fraction.add(growth)
+        self.admission.live_fraction.add(growth)
         for request_id, count in surplus:
             blocks = self.req_to_blocks[request_id]
             tail = blocks[-count:]
@@ -249,12 +249,9 @@ class DMSManager(SingleTypeKVCacheManager):
         """The scheduler has ended the owners of these failed blocks."""
         self.shortages.told(block_ids)
 
-    def request_finishes(self, request_id: str) -> None:
+    def request_finishes(self, request: Request) -> None:
         """Its blocks are about to be freed for good, not because it is preempted."""
-        self.sessions.close(request_id)
-        self._finishing.add(request_id)
-
-
-def assert_owned(blocks: Iterable[KVCacheBlock]) -> None:
-    for block in blocks:
-        assert block.ref_cnt == 1, f"block {block.block_id} has {block.ref_cnt} owners"
+        self.sessions.close(request.request_id)
+        self._finishing.add(request.request_id)
+        if self.prefix is not None:
+            self.prefix.finishes(request)

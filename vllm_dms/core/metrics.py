@@ -36,9 +36,12 @@ class Totals(NamedTuple):
     dense_tokens: int
     held_blocks: int
     usable_blocks: int
+    kept_states: int
+    kept_blocks: int
 
     @classmethod
     def of(cls, stats: Stats, manager: DMSManager) -> "Totals":
+        kept = manager.prefix.kept if manager.prefix is not None else None
         ledger, usable = manager.ledger, manager.num_usable_blocks
         owned = ledger.tenancy > 0
         live, dense = ledger.live.dot(owned), ledger.reported_end.dot(owned)
@@ -52,6 +55,8 @@ class Totals(NamedTuple):
             dense_tokens=int(dense),
             held_blocks=usable - manager.block_pool.get_num_free_blocks(),
             usable_blocks=usable,
+            kept_states=len(kept) if kept is not None else 0,
+            kept_blocks=kept.num_blocks if kept is not None else 0,
         )
 
 
@@ -70,6 +75,8 @@ GAUGES = {
     "dense_tokens": "Tokens that they would hold if nothing were evicted.",
     "held_blocks": "KV blocks held by requests.",
     "usable_blocks": "KV blocks of the pool.",
+    "kept_states": "States kept for requests that begin the same (prefix_cache).",
+    "kept_blocks": "Free KV blocks that these are in.",
     COMPRESSION: "Dense tokens per live token; NaN while no request holds any.",
 }
 INFO = "info"

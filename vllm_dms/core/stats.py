@@ -6,8 +6,8 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_dms.arena.report import Usage
-from vllm_dms.core.ledger import Growth, Step
 from vllm_dms.core.manager import DMSManager
+from vllm_dms.core.records import Growth, Step
 
 logger = init_logger(__name__)
 
@@ -64,11 +64,15 @@ class Stats:
             now = f"live compression {compression:.2f}x over {int(running.sum())} running requests"
         else:
             now = "no running requests"
-        usable = manager.num_usable_blocks
+        usable, kept = manager.num_usable_blocks, ""
+        if manager.prefix is not None:
+            states = manager.prefix.kept
+            gib = states.num_blocks * manager.spec.layout.block_bytes / (1 << 30)
+            kept = f", {len(states)} states kept in {gib:.2f} GiB of free blocks"
         return (
             f"DMS: {now}, {usable - manager.block_pool.get_num_free_blocks()}/{usable} blocks "
             f"held, {manager.returned_blocks} returned, {self.preemptions} preemptions, "
-            f"{self.evicted_tokens:.0f} of {self.eligible_tokens} past-window tokens evicted"
+            f"{self.evicted_tokens:.0f} of {self.eligible_tokens} past-window tokens evicted{kept}"
         )
 
     def of_finished(self, request_id: str) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""A state that was kept goes on in another request as if that had read its tokens itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from arena_harness import Harness, assert_taken_from_own_blocks, gather_row
+from kernel_cases import DEVICE, Case, assert_as_good_as_plain
+
+from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.storage import ModelStorage
+from vllm_dms.backend.kernels.snapshots import TritonSnapshots
+from vllm_dms.backend.snapshots import TorchSnapshots
+from vllm_dms.backend.torch_ops import TorchOps
+
+CASE = Case(lengths=(70, 70, 70), window=8)
+IMPLEMENTATIONS = {"torch": TorchSnapshots, "triton": TritonSnapshots}
+
+
+def ids(blocks):
+    return torch.as_tensor(blocks, dtype=torch.int32, device=DEVICE)
+
+
+class Keeper:
+    """A harness whose last rows of blocks are nobody's, to keep states in."""
+
+    def __init__(self, case: Case, kind: str) -> None:
+        config, layout = case.config(), case.layout()
+        self.harness = Harness(TorchOps, config, layout, len(case.lengths) + 2, 512, DEVICE)
+        self.snapshots = IMPLEMENTATIONS[kind](self.harness.state)
+        self.layout, self.state = layout, self.harness.state
+        self.spare = self.harness.rows[-2:].flatten().tolist()
+
+    def feed(self, index, sequence, counts):
+        for count in counts:
+            self.harness.step([(index, sequence, count)])
+
+    def blocks_in_use(self, index) -> int:
+        return -(-int(self.state.pages_used[index + 1]) // self.layout.pages_per_block)
+
+    def save(self, index, in_place=False, bound=0):
+        """Up to ``bound`` blocks more than are in use are set aside; what they hold is left."""
+        used = self.blocks_in_use(index)
+        source = self.harness.rows[index][: used + bound].tolist()
+        record = [self.spare.pop() for _ in range(self.layout.record_blocks)]
+        target = source if in_place else [self.spare.pop() for _ in source]
+        untouched = self.state.blocks[ids(target[used:]).long()].clone()
+        self.snapshots.save(index + 1, ids(source), ids(target), ids(record))
+        assert torch.equal(self.state.blocks[ids(target[used:]).long()], untouched)
+        return target[:used], record
+
+    def restore(self, index, kept, move=False):
+        blocks, record = kept
+        if move:
+            others = [b for b in self.harness.rows[index].tolist() if b not in blocks]
+            row = [*blocks, *others][: len(self.harness.rows[index])]
+            self.harness.rows[index] = ids(row)
+        self.harness.start(index)
+        target = self.harness.rows[index][: len(blocks)]
+        self.snapshots.restore(index + 1, ids(blocks), target.contiguous(), ids(record))
+
+
+def fork(sequence, at, other):
+    """``other`` with the first ``at`` tokens of ``sequence``, stored already."""
+    for name in ("query", "key", "value", "alpha"):
+        getattr(other, name)[:at] = getattr(sequence, name)[:at]
+    other.stored = at
+    other.outputs = [torch.cat(sequence.outputs)[:at]]
+    return other
+
+
+def check_forks(case: Case, kind: str, at: int, in_place=False, move=False):
+    keeper = Keeper(case, kind)
+    plain = Keeper(case, "torch")
+    first, second, third = case.sequences()
+    keeper.harness.start(0)
+    keeper.feed(0, first, [at - 2, 1, 1] if at > 2 else [at])
+    kept = keeper.save(0, in_place, bound=2)
+    before = [b.clone() for b in gather_row(keeper.state, 1, case.layers - 1, 0)]
+    if in_place:
+        # The index goes to another request; the blocks are left to what was kept.
+        keeper.state.live[1] = keeper.state.evict_ring[1] = 7
+        keeper.state.page_table[1] = 0
+    else:
+        keeper.feed(0, first, [10, 1, 1])
+    for index, sequence in ((1, second), (2, third)):
+        if index == 2 and move:
+            keeper.restore(2, kept, move=True)
+        else:
+            keeper.restore(index, kept)
+        rows = gather_row(keeper.state, index + 1, case.layers - 1, 0)
+        assert all(torch.equal(a, b) for a, b in zip(rows, before, strict=True))
+        fork(first, at, sequence)
+    while second.stored < len(second):
+        count = min((13, 1, 1, 1)[second.stored % 4], len(second) - second.stored)
+        keeper.harness.step([(1, second, count), (2, third, count)])
+    if not in_place and not move:
+        assert_taken_from_own_blocks(keeper.harness, 3)
+    plains = case.sequences()
+    for sequence, other in zip((second, third), plains[1:], strict=True):
+        fork(first, at, other)
+        other.stored, other.outputs = 0, []
+        plain.harness.start(0)
+        plain.feed(0, other, [at] + [1] * (len(other) - at))
+        assert_as_good_as_plain(case, sequence, other)
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+@pytest.mark.parametrize("at", [1, 5, 8, 9, 10, 50])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_two_requests_fork_from_a_state_whose_request_went_on(kind, shift, at):
+    check_forks(replace(CASE, shift=shift), kind, at)
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+@pytest.mark.parametrize("move", [False, True])
+def test_blocks_of_a_request_that_ended_are_kept_where_they_are(kind, move):
+    check_forks(CASE, kind, 40, in_place=True, move=move)
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"leaf": 1, "rates": (0.1, 0.6)},
+        {"leaf": 2, "rates": (0.0, 0.9, 0.3), "heads": 3},
+        {"storage": "fp8", "rounded": True, "leaf": 2},
+        {"evict": False},
+        {"window": 40, "dim": 16, "page": 8, "heads": 1},
+        {"window": 70, "heads": 1, "layers": 1, "storage": "fp8", "rounded": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_page_tables_follow_the_blocks(kind, case, in_place):
+    check_forks(replace(CASE, **case), kind, 50, in_place=in_place)
+
+
+def test_a_record_may_take_several_blocks():
+    case = Case(lengths=(70, 70, 70), window=4000, dim=16)
+    assert case.layout().record_blocks > 1
+    for kind in IMPLEMENTATIONS:
+        check_forks(case, kind, 50)
+
+
+def test_the_record_of_an_8b_model_takes_one_block():
+    storage = ModelStorage(torch.bfloat16)
+    layout = ArenaLayout(36, 8, 128, 512, 64, 16, storage, max_model_len=40960)
+    assert layout.record_blocks == 1

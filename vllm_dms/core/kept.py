@@ -1,0 +1,205 @@
+"""States that are kept for requests to come: where they are, how they are found, how they go.
+
+A state is that of a request at some number of tokens (see `backend.snapshots`). Its blocks are in
+vLLM's free queue, with no owner, so that they count as free and cost nobody anything: the pool
+hands them out when it has no others, those at the front of its queue first. A state is of use as
+long as it has all its blocks. Used states go to the tail; blocks of one that lost some, and of one
+that gives way to its own continuation, to the front.
+
+A state is named by vLLM's hash of its last full block, which covers all tokens before it, salt,
+adapter and media included, and by the tokens after it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, generate_block_hash_extra_keys
+from vllm.v1.request import Request
+
+from vllm_dms.arena.report import Usage
+from vllm_dms.core.records import Mark, Step
+
+# Where a state was kept: at the end of a prompt or of a request, or where prompts diverged.
+PROMPT, END, BRANCH = "prompt", "end", "branch"
+
+
+class Key(NamedTuple):
+    parent: bytes | None  # hash of the last full block
+    tail: tuple[int, ...]  # tokens after it
+    extra: Any  # what else tells such tokens apart; the hash has it for those before
+
+
+def key_of(request: Request, num_tokens: int, block_size: int) -> Key:
+    """The name of a request's first ``num_tokens`` tokens, which must be known."""
+    num_blocks = num_tokens // block_size
+    start = num_blocks * block_size
+    parent = request.block_hashes[num_blocks - 1] if num_blocks else None
+    if start == num_tokens:
+        return Key(parent, (), None)
+    extra, _ = generate_block_hash_extra_keys(request, start, num_tokens, 0)
+    return Key(parent, tuple(request.all_token_ids[start:num_tokens]), extra)
+
+
+@dataclass(eq=False)
+class Kept:
+    key: Key
+    num_tokens: int
+    blocks: list[KVCacheBlock]  # in the order of a request's row
+    record: list[KVCacheBlock]
+    mark: Mark | None  # what a report said of the state; None until it arrives
+    kind: str  # where in its request it was kept
+    before: tuple["Kept", ...] = field(repr=False)  # states that its request went on from, or left
+    hits: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.blocks) + len(self.record)
+
+
+class KeptStates:
+    def __init__(self, pool: BlockPool, block_size: int, pages_per_block: int) -> None:
+        self._pool = pool
+        self._block_size, self.pages_per_block = block_size, pages_per_block
+        self._by_parent: dict[bytes | None, list[Kept]] = {}
+        self._owner: dict[int, Kept] = {}  # by block id
+        # By state index and its tenancy: kept, but how many of their blocks they need is unknown.
+        self._pending: list[tuple[int, int, Kept]] = []
+        self._broken: list[Kept] = []  # the pool handed out some of their blocks
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_parent.values()))
+
+    @property
+    def states(self) -> list[Kept]:
+        return [kept for group in self._by_parent.values() for kept in group]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._owner)
+
+    def find(self, request: Request, limit: int) -> Kept | None:
+        """The longest state of at most ``limit`` tokens that the request begins with."""
+        hashes, size = request.block_hashes, self._block_size
+        if not self._by_parent:
+            return None
+        for i in range(min(limit // size, len(hashes)), -1, -1):
+            found = [
+                kept
+                for kept in self._by_parent.get(hashes[i - 1] if i else None, ())
+                if kept.num_tokens <= limit and kept.key == key_of(request, kept.num_tokens, size)
+            ]
+            if found:
+                return max(found, key=lambda kept: kept.num_tokens)
+        return None
+
+    def get(self, key: Key) -> Kept | None:
+        return next((k for k in self._by_parent.get(key.parent, ()) if k.key == key), None)
+
+    def add(self, kept: Kept, state: int, tenancy: int) -> None:
+        """Keep a state whose blocks have an owner; from now on they have none. How many of them it
+        needs is known at once, or with the report of what ``state`` is at ``kept.num_tokens``."""
+        assert self.get(kept.key) is None, "kept twice"
+        self._by_parent.setdefault(kept.key.parent, []).append(kept)
+        for block in (*kept.blocks, *kept.record):
+            assert block.block_id not in self._owner
+            self._owner[block.block_id] = kept
+        self._release(kept)
+        if kept.mark is None:
+            self._pending.append((state, tenancy, kept))
+        else:
+            self._trim(kept)
+
+    def resolve(self, step: Step, usage: Usage) -> None:
+        """A report arrived: of states kept as they are after its step."""
+        waiting, self._pending = self._pending, []
+        for state, tenancy, kept in waiting:
+            if not self.has(kept):
+                continue
+            here = (step.states == state) & (step.tenancies == tenancy)
+            index = np.flatnonzero(here & (step.ends == kept.num_tokens))
+            if len(index):
+                i = index.item()
+                kept.mark = Mark(kept.num_tokens, usage.fullest[i].copy(), usage.live.item(i))
+                self._trim(kept)
+            else:
+                self._pending.append((state, tenancy, kept))
+
+    def has(self, kept: Kept) -> bool:
+        return kept in self._by_parent.get(kept.key.parent, ())
+
+    def pin(self, kept: Kept) -> None:
+        """Its blocks are not for the pool to hand out, until `unpin`."""
+        self._pool.touch([*kept.blocks, *kept.record])
+
+    def unpin(self, kept: Kept) -> None:
+        """It was used: others go before it."""
+        self._release(kept)
+
+    def take_over(self, kept: Kept) -> list[KVCacheBlock]:
+        """Its blocks, for a request to own; it is kept no longer."""
+        self._forget(kept)
+        self._pool.touch(kept.blocks)
+        self._to_front(kept.record)
+        return kept.blocks
+
+    def give_way(self, kept: Kept) -> None:
+        """It goes before all others, but until then it is kept."""
+        if self.has(kept):
+            self._to_front([*kept.blocks, *kept.record])
+
+    def clear(self) -> None:
+        for kept in self.states:
+            self._forget(kept)
+            self._to_front([*kept.blocks, *kept.record])
+
+    def settle(self) -> None:
+        """To be called when the pool has handed out blocks: nobody needs the rest of the states
+        that they are of."""
+        broken, self._broken = self._broken, []
+        for kept in broken:
+            rest = [b for b in (*kept.blocks, *kept.record) if self._owner.get(b.block_id) is kept]
+            for block in rest:
+                del self._owner[block.block_id]
+            self._to_front(rest)
+
+    def _release(self, kept: Kept) -> None:
+        self._pool.unpin_blocks([*kept.blocks, *kept.record], self._handed_out)
+
+    def _handed_out(self, block: KVCacheBlock) -> None:
+        kept = self._owner.pop(block.block_id, None)
+        if kept is None:
+            return  # kept once, and no longer
+        group = self._by_parent.get(kept.key.parent, [])
+        if kept in group:
+            self._drop_from_index(kept)
+            self._broken.append(kept)
+
+    def _trim(self, kept: Kept) -> None:
+        assert kept.mark is not None
+        needed = -(-kept.mark.num_pages // self.pages_per_block)
+        assert needed <= len(kept.blocks), (needed, len(kept.blocks))
+        surplus = kept.blocks[needed:]
+        del kept.blocks[needed:]
+        for block in surplus:
+            del self._owner[block.block_id]
+        self._to_front(surplus)
+
+    def _forget(self, kept: Kept) -> None:
+        self._drop_from_index(kept)
+        for block in (*kept.blocks, *kept.record):
+            del self._owner[block.block_id]
+
+    def _drop_from_index(self, kept: Kept) -> None:
+        group = self._by_parent[kept.key.parent]
+        group.remove(kept)
+        if not group:
+            del self._by_parent[kept.key.parent]
+
+    def _to_front(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Of the queue of free blocks, where these are already."""
+        blocks = list(blocks)
+        self._pool.touch(blocks)
+        self._pool.free_blocks(blocks)

@@ -12,7 +12,7 @@ from quantized import quantize_awq, quantize_fp8, quantize_gptq
 from vllm_dms.reference import ReferenceModel, live_counts
 
 LUCK = 2.0
-# Nats that stock vLLM may be off: of bf16 alone, and of activations (or weights, too) in FP8. Weights
+# Nats that stock vLLM may be off: of bf16 alone, and of FP8 in activations or in both. Weights
 # that are not what the reference has are off by 5.
 ROUNDING = {"bf16": 0.3, "fp8": 1.5}
 METHODS = [

@@ -16,8 +16,11 @@ class Arm:
 ARMS = {
     "bf16": Arm("dense", "auto"),
     "fp8": Arm("dense", "fp8"),
+    "turboquant_4bit_nc": Arm("dense", "turboquant_4bit_nc"),
+    "int4_per_token_head": Arm("dense", "int4_per_token_head"),
     "dms": Arm("dms", "dms", {}),
     "dms_fp8": Arm("dms", "dms_fp8", {}),
+    "dms_int4": Arm("dms", "dms_int4", {}),
     "dms_keep": Arm("dms", "dms", {"evict": False}),
 }
 # A stock cache, and DMS with as many bytes an element: their ratio is shown.

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from vllm_dms.arena.layout import ArenaLayout
-from vllm_dms.arena.storage import FP8Storage, ModelStorage, Storage
+from vllm_dms.arena.storage import FP8Storage, Int4Storage, ModelStorage, Storage
 from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.torch_pages import locate_slots
+from vllm_dms.backend.torch_pages import as_bytes, locate_slots
 from vllm_dms.backend.torch_store import list_pages
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
@@ -27,7 +27,7 @@ HEADROOM = 4  # pages per row for what timed stores append
 SCALE = HEAD_DIM**-0.5
 CACHE_BYTES = 300 << 20  # several times the L2 cache
 MAX_LAYERS, MAX_SEQS = 36, 512
-STORAGE = {"bf16": ModelStorage(torch.bfloat16), "fp8": FP8Storage()}
+STORAGE = {"bf16": ModelStorage(torch.bfloat16), "fp8": FP8Storage(), "int4": Int4Storage()}
 
 
 def keep_rates(shape: tuple[int, ...]) -> torch.Tensor:
@@ -90,11 +90,15 @@ class Arena:
         total = 1 + int(num_blocks.sum())
         self.raw = torch.empty(total * layout.block_bytes, dtype=torch.uint8, device=device)
         self.state = state = allocate_state(self.raw, layout, total, batch)
-        for part in (state.pages.k, state.pages.v):
-            for piece in part.split(1 << 14):
-                piece.copy_(torch.randn_like(piece, dtype=torch.bfloat16))
-        for scales in (state.pages.k_scales, state.pages.v_scales):
-            scales.copy_(0.5 + torch.rand_like(scales))
+        storage, p = layout.storage, state.pages
+        for first in range(0, len(p.k), 1 << 12):
+            some = slice(first, first + (1 << 12))
+            shape = (*p.k[some].shape[:2], HEAD_DIM)
+            k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in "kv")
+            for part, data in zip((p.k, p.k_scales), storage.encode_key(k), strict=True):
+                as_bytes(part[some]).copy_(as_bytes(data))
+            for part, data in zip((p.v, p.v_scales), storage.encode(v), strict=True):
+                as_bytes(part[some]).copy_(as_bytes(data))
 
         free = torch.randperm(total - 1) + 1
         self.first_blocks = []
@@ -189,7 +193,7 @@ class Arena:
             for head in range(HEADS):
                 slot = torch.arange(int(state.live[index, layer, head]), device=self.device)
                 where = locate_slots(state, index, layer, torch.full_like(slot, head), slot)
-                rows += [part[where].float() for part in state.pages]
+                rows += [as_bytes(part)[where] for part in state.pages]
         for tensor, before in zip(changed, saved, strict=True):
             tensor.copy_(before)
         ops.begin_step(self.batch)

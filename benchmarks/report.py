@@ -26,6 +26,9 @@ ARM_NAMES = {
     "dms_keep": "`dms`, eviction off",
     "dms": "`dms`",
     "dms_fp8": "`dms_fp8`",
+    "turboquant_4bit_nc": "TurboQuant 4-bit",
+    "int4_per_token_head": "int4 per token and head",
+    "dms_int4": "`dms_int4`",
 }
 OLDER_NAMES = {"dms_noevict": "dms_keep"}
 WORKLOADS_AT_8K = ("decode-8k", "saturated-8k", "capacity-8k", "prefill-8k")

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-NAMES = {"bf16": "`dms`", "fp8": "`dms_fp8`"}
+NAMES = {"bf16": "`dms`", "fp8": "`dms_fp8`", "int4": "`dms_int4`"}
 
 
 def figures(row: dict[str, Any]) -> list[str]:
@@ -15,12 +15,14 @@ def kernels_section(measured: dict[str, Any]) -> str:
     """``measured``: what `bench_kernels.py --json` wrote"""
     decode = [row for row in measured["rows"] if row["kernel"] == "decode"]
     rows = {(row["batch"], row["storage"]): row for row in decode}
+    with_rows = {storage for _, storage in rows}
+    names = {key: name for key, name in NAMES.items() if key in with_rows | {"bf16", "fp8"}}
     head = ["requests"]
-    for name in NAMES.values():
+    for name in names.values():
         head += [f"{name}: store + decode, us", "decode", "copy moving as much", "share of copy"]
     text = [head, ["---:"] * len(head)]
     for batch in sorted({batch for batch, _ in rows}):
-        found = (rows.get((batch, storage)) for storage in NAMES)
+        found = (rows.get((batch, storage)) for storage in names)
         cells = (figures(row) if row else ["-"] * 4 for row in found)
         text.append([str(batch), *itertools.chain(*cells)])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in text)

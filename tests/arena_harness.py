@@ -131,7 +131,8 @@ class Harness:
         if batch.max_query_len > 1:
             self.ops.prefill(batch, layer, query, key, value, output)
             self.ops.store_window(batch, layer, key, value)
-        self.ops.decode(batch, layer, query, output)
+        if batch.may_decode:
+            self.ops.decode(batch, layer, query, output)
 
     def make_batch(self, work, padding=0):
         """Padding rows have no tokens and resolve to the null state, as in a CUDA graph."""
@@ -166,12 +167,15 @@ def feed(harness, sequences, chunks):
 
 
 def gather_row(state, index, layer, head):
-    """The live slots of a row as stored, wherever their pages are: K, V and their scales."""
+    """The live slots of a row as stored, wherever their pages are: K, V and their scales; as bytes,
+    if they are not numbers of a float format."""
     slots = torch.arange(int(state.live[index, layer, head]), device=state.live.device)
     pages, offsets = locate_slots(state, index, layer, torch.full_like(slots, head), slots)
     parts = [part for part in state.pages if part.numel()]
-    rows = (as_bytes(part)[pages, offsets].view(part.dtype) for part in parts)
-    return [row.float() for row in rows]
+    rows = [as_bytes(part)[pages, offsets] for part in parts]
+    if state.pages.k.dtype == torch.uint8:
+        return rows
+    return [row.view(part.dtype).float() for row, part in zip(rows, parts, strict=True)]
 
 
 def assert_taken_from_own_blocks(harness, num_seqs):

@@ -3,10 +3,10 @@ because a process either interprets kernels or compiles them.
 
     python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY PAGE_SIZE MAX_PAGES
 
-STORAGE: bfloat16, float16, ... or fp8; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row, which
-has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of a
-thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of a
-program's shared memory, and how often it accesses memory before it waits for the kernel before it
+STORAGE: bfloat16, float16, ..., fp8 or int4; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row,
+which has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of
+a thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of
+a program's shared memory, and how often it accesses memory before it waits for the kernel before it
 (null: it doesn't).
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -29,7 +30,8 @@ from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import default_tuning
-from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
+from vllm_dms.backend.projection import Projection
+from vllm_dms.backend.state import allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
@@ -68,9 +70,10 @@ def usage(kernel):
     return [*map(int, of_thread), kernel.metadata.shared, early]
 
 
-def run_all(storage, head_dim, group, overlap, page_size, max_pages):
-    model_dtype = torch.bfloat16 if storage == "fp8" else getattr(torch, storage)
+def make_ops(storage, head_dim, group, overlap, page_size, max_pages):
+    """Operations on a small arena in this machine's memory, and the model's dtype"""
     kind = storage if storage in STORAGES else "model"
+    model_dtype = getattr(torch, storage) if kind == "model" else torch.bfloat16
     layout = ArenaLayout(
         num_layers=2,
         num_kv_heads=2,
@@ -86,25 +89,22 @@ def run_all(storage, head_dim, group, overlap, page_size, max_pages):
     state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
     config = DMSConfig("nvidia-borrowed", layout.window, 1.0, 0.0, shift=1)
     scratch = allocate_scratch(layout, 64, "cpu")
-    ops = TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap)
-    batch = Batch(
-        num_reqs=2,
-        num_tokens=18,
-        max_query_len=17,
-        block_table=torch.ones(2, 1, dtype=torch.int32),
-        query_start=torch.tensor([0, 1, 18], dtype=torch.int32),
-        seq_lens=torch.tensor([9, 17], dtype=torch.int32),
-    )
-    query = torch.zeros(18, 2 * group, head_dim, dtype=model_dtype)
-    key, alpha = query[:, :2].contiguous(), torch.zeros(18, 2, dtype=model_dtype)
-    ops.begin_step(batch)
-    ops.store(batch, 0, key, key, alpha)
-    ops.prefill(batch, 0, query, key, key, query)
-    ops.store_window(batch, 0, key, key)
-    ops.decode(batch, 0, query, query)
-    ops.report(torch.zeros(state.num_states, REPORT_WIDTH, dtype=torch.int32))
+    return TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap), model_dtype
+
+
+def make_projection(head_dim, dtype):
+    weight = torch.zeros(head_dim, dtype=dtype)
+    rotary = SimpleNamespace(cos_sin_cache=torch.zeros(8, head_dim, dtype=dtype))
+    return Projection(weight, weight, 1e-6, rotary)
+
+
+def run_all(storage, head_dim, group, *others):
+    ops, model_dtype = make_ops(storage, head_dim, group, *others)
+    ops.warm_up(model_dtype, None)
+    ops.warm_up(model_dtype, make_projection(head_dim, model_dtype))
+    ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
     weight = torch.zeros(2, head_dim, dtype=model_dtype)
-    launch_alpha(query[:, 0].contiguous(), weight[0], weight, None, 1e-6)
+    launch_alpha(weight.clone(), weight[0], weight, None, 1e-6)
 
 
 def main(name, *numbers):

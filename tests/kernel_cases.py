@@ -1,7 +1,7 @@
 """Cases of the kernels against the plain operations, and the one rule for what counts as equal.
 
 On a machine without a GPU the kernels run in Triton's interpreter, which computes in float32 and
-float16 as a GPU does, but not in bfloat16: there K and V are float32, float16 or FP8.
+float16 as a GPU does, but not in bfloat16: there K and V are float32, float16, FP8 or 4 bits.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from arena_harness import (
 )
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.nibbles import rotate
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
@@ -50,6 +51,22 @@ def fp8_exact(x: torch.Tensor) -> torch.Tensor:
     wide = (x.float() * 128).clamp(-448, 448)
     wide[..., 0] = 448
     return (wide.to(torch.float8_e4m3fn).float() / 256).to(x.dtype)
+
+
+def int4_exact(x: torch.Tensor) -> torch.Tensor:
+    """Like x, of which 4 bits hold each group as whole numbers of quarters."""
+    whole = (4 * x.float()).round().clamp(-8, 7).unflatten(-1, (4, -1))
+    whole[..., 0], whole[..., 1] = -8, 7
+    return (whole / 4).flatten(-2).to(x.dtype)
+
+
+def make_exact(storage: str, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """Like key and value, of which the storage loses nothing."""
+    if storage == "fp8":
+        return [fp8_exact(key), fp8_exact(value)]
+    groups = int4_exact(key).float().unflatten(-1, (4, -1))
+    key = (rotate(groups) / groups.shape[-1]).flatten(-2).to(key.dtype)
+    return [key, int4_exact(value)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ class Case:
             for place, n in enumerate(self.lengths)
         ]
         for seq in sequences if self.rounded else ():
-            seq.key, seq.value = fp8_exact(seq.key), fp8_exact(seq.value)
+            seq.key, seq.value = make_exact(self.storage, seq.key, seq.value)
         return sequences
 
     def harness(self, kernels: bool, config: DMSConfig | None = None) -> Harness:
@@ -128,8 +145,9 @@ def assert_as_good_as_plain(case: Case, found: Sequence, plain: Sequence) -> Non
     """The one tolerance: the error against exact attention in float32 is at most twice that of the
     plain operations on the same inputs, plus a floor of a few roundings of the largest output.
 
-    With FP8 storage the error is that of rounding keys and values, which a query sees unrounded as
-    long as they are in its own chunk: how many depends on the chunk, and on the query block.
+    With FP8 or 4-bit storage the error is that of rounding keys and values, which a query sees
+    unrounded as long as they are in its own chunk: how many depends on the chunk, and on the query
+    block.
     """
     exact = plain.expected(case.config(), case.dim**-0.5)
     out, baseline = (torch.cat(seq.outputs).float() for seq in (found, plain))

@@ -81,10 +81,10 @@ def check(case: Case, num_blocks: int, num_seqs: int, spread=None) -> None:
 SMALL_CASE = Case(dim=32, layers=1, window=4, page=8, lengths=(24, 24, 24), dtype=torch.float16)
 
 
-@pytest.mark.parametrize("storage", ["model", "fp8"])
-def test_pages_beyond_32_bits(storage):
+@pytest.mark.parametrize(("storage", "dim"), [("model", 32), ("fp8", 32), ("int4", 64)])
+def test_pages_beyond_32_bits(storage, dim):
     """In elements of two bytes, values or scales."""
-    case = Case(**vars(SMALL_CASE) | {"storage": storage})
+    case = Case(**vars(SMALL_CASE) | {"storage": storage, "dim": dim})
     check(case, num_blocks=(1 << 32) // case.layout().block_bytes + 100, num_seqs=3)
 
 

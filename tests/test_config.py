@@ -191,8 +191,8 @@ def test_storage_comes_from_the_cache_dtype_and_not_from_overrides():
     assert DMSConfig.from_checkpoint(NVIDIA, storage="fp8").storage == "fp8"
     with pytest.raises(ValueError, match="storage"):
         DMSConfig.from_checkpoint(NVIDIA, None, {"storage": "fp8"})
-    with pytest.raises(ValueError, match="int4"):
-        DMSConfig.from_checkpoint(NVIDIA, storage="int4")
+    with pytest.raises(ValueError, match="int3"):
+        DMSConfig.from_checkpoint(NVIDIA, storage="int3")
 
 
 def test_configs_parsed_by_transformers_read_like_their_json():

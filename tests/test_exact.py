@@ -36,6 +36,19 @@ def test_log_probabilities_are_the_references(checkpoint, make_engine, name, chu
     check_exact(path, make_engine(path, **engine_args(chunk)), prompts())
 
 
+@pytest.mark.parametrize("name", ["borrowed", "per-layer", "fastdms", "llama-adapter"])
+def test_so_are_those_of_layers_that_attend_from_their_projection(
+    checkpoint, make_engine, name, monkeypatch
+):
+    """As with Triton's kernels, here by the plain operations."""
+    monkeypatch.setattr("vllm_dms.models.graft.choose_ops", lambda *args: "triton")
+    path = checkpoint(**DIALECTS[name])
+    llm = make_engine(path, **engine_args(96, seed=1))  # not one that another test made
+    runtime = get_runtime(llm.llm_engine.vllm_config)
+    assert runtime.projection is not None
+    check_exact(path, llm, prompts())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["borrowed", "adapter", "fastdms", "disabled"])

@@ -38,11 +38,6 @@ REFUSED = {
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
         "--decode-context-parallel-size",
     ),
-    "LoRA": ({"enable_lora": True}, "--lora-target-modules without q_proj"),
-    "LoRA on keys": (
-        {"enable_lora": True, "lora_target_modules": ["k_proj", "o_proj"]},
-        "--enable-lora",
-    ),
     "layers left out": ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
     "a pass for vLLM's own attention": (
         {"compilation_config": {"pass_config": {"fuse_attn_quant": True}}},

@@ -1,5 +1,6 @@
 """Laws of the Triton kernels beside their equality with the plain operations (`test_triton_ops`):
-what FP8 stores, what rounding and chunking may not change, the null state, what is refused."""
+what FP8 and 4 bits store, what rounding and chunking may not change, the null state, what is
+refused."""
 
 from dataclasses import replace
 
@@ -32,10 +33,11 @@ def test_pages_have_one_owner_whatever_a_former_owner_left():
     check(Case(heads=3, window=3, chunks=(4, 1, 26, 1), lengths=(3, 33), tuning=tuning))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_fp8_rounds_to_the_byte_as_the_plain_operations_do():
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")
+@pytest.mark.parametrize(("storage", "dim"), [("fp8", 16), ("int4", 64), ("int4", 128)])
+def test_kernels_round_to_the_byte_as_the_plain_operations_do(storage, dim):
     """Values of every magnitude, whole tokens of zeros, subnormal results, NaN and infinity."""
-    case = Case(storage="fp8", lengths=(40,), chunks=(17, 1, 1), rates=(0.0,))
+    case = Case(storage=storage, dim=dim, lengths=(40,), chunks=(17, 1, 1), rates=(0.0,))
     harnesses = [case.harness(kernels) for kernels in (True, False)]
     outputs = []
     for harness in harnesses:
@@ -44,7 +46,7 @@ def test_fp8_rounds_to_the_byte_as_the_plain_operations_do():
         for name, kv in (("key", seq.key), ("value", seq.value)):
             exponents = torch.randint(-12, 8, kv.shape, generator=g)
             noise = torch.randn(kv.shape, generator=g) * 2.0**exponents
-            noise[3], noise[25] = 0.0, 1e-8
+            noise[3], noise[25], noise[26] = 0.0, 1e-8, 1e-37
             # In a chunk's survivors and window, and in tokens that came alone.
             for token, bad in zip((2, 12, 20, 30), NOT_FINITE * 2, strict=True):
                 noise[token, 0, 5], noise[token + 1, 1, 0] = bad, -bad
@@ -73,10 +75,11 @@ def test_rounding_keeps_nan_and_infinity():
     assert equal(out, bits.view(torch.float32).bfloat16().float())
 
 
-@pytest.mark.parametrize("storage", ["model", "fp8"])
+@pytest.mark.parametrize("storage", ["model", "fp8", "int4"])
 def test_chunking_changes_neither_the_state_nor_the_output(storage):
     """However the kernels are fed, they are compared with one feed of the plain operations."""
-    base = Case(lengths=(37,), dtype=torch.float16, storage=storage, rounded=storage != "model")
+    kind = {"storage": storage, "rounded": storage != "model", "dtype": torch.float16}
+    base = Case(dim=64 if storage == "int4" else 16, lengths=(37,), **kind)
     plain, expected = base.run(kernels=False)
     for chunks in ((37,), (8, 9, 10), (31, 1)):
         found, sequences = replace(base, chunks=chunks).run(kernels=True)

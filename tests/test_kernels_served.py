@@ -14,7 +14,7 @@ SERVED = Case(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("storage", ["model", "fp8"])
+@pytest.mark.parametrize("storage", ["model", "fp8", "int4"])
 def test_at_the_size_that_serves(storage):
     # Long chunks first, so that few of the plain version's slow steps remain.
     chunks = (700, 1, 260, 513, 1, 640)

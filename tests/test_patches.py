@@ -139,7 +139,7 @@ def test_patching_the_cache_dtype_twice_adds_it_once():
     for _ in range(2):
         compat.patch_cache_dtype()
     values = cache.KV_CACHE_DTYPES if registers(cache) else typing.get_args(cache.CacheDType)
-    assert values.count("dms") == values.count("dms_fp8") == 1
+    assert [values.count(name) for name in ("dms", "dms_fp8", "dms_int4")] == [1, 1, 1]
     assert {"auto", "fp8", "bfloat16"} < set(values)
 
 
@@ -161,7 +161,7 @@ def test_the_dtype_is_registered_where_vllm_has_a_way_to(monkeypatch):
     monkeypatch.setattr(cache, "register_kv_cache_dtype", register_kv_cache_dtype, raising=False)
     for _ in range(2):
         compat.patch_cache_dtype()
-    assert names == ["auto", "dms", "dms_fp8"]
+    assert names == ["auto", "dms", "dms_fp8", "dms_int4"]
     assert handlers["dms"].name == "dms"
     assert handlers["dms"].torch_dtype() is torch.bfloat16
     assert handlers["dms_fp8"].quant_mode().name == "NONE"

@@ -101,6 +101,19 @@ def test_fp8_needs_a_gpu_that_has_it(checkpoint, on_cuda, monkeypatch, dtype, ca
     assert any("dms_fp8" in text for text in texts) == refused
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "refused"),
+    [("dms_int4", 32, True), ("dms_int4", 64, False), ("dms_fp8", 32, False)],
+)
+def test_int4_needs_heads_that_it_can_cut(checkpoint, dtype, head_dim, refused):
+    path = checkpoint("nvidia-borrowed", head_dim=head_dim)
+    if refused:
+        with pytest.raises(ValueError, match=r"head_dim 32.*dms_fp8"):
+            engine_config(path, kv_cache_dtype=dtype)
+    else:
+        engine_config(path, kv_cache_dtype=dtype)
+
+
 def test_other_platforms_are_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(module.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(module.current_platform, "is_cuda", lambda: False)

@@ -97,3 +97,14 @@ def test_pieces_change_no_token(monkeypatch):
 def test_less_than_a_row_is_refused():
     with pytest.raises(ValueError, match="less than one row of 8 tokens"):
         data.pack([[1, 2]], 8, eos=0)
+
+
+def test_sources_are_mixed_in_equal_parts(tmp_path):
+    """By tokens, not by documents; what one lacks the others give."""
+    long, short = (iter([np.full(size, size)] * count) for size, count in ((30, 4), (10, 20)))
+    sizes = [len(ids) for ids in data.mixed([long, short])]
+    assert sizes[:8] == [30, 10, 10, 10] * 2 and sorted(sizes) == [10] * 20 + [30] * 4
+    for name, text in (("a.txt", "a" * 40), ("b.txt", "b" * 40)):
+        (tmp_path / name).write_text(text)
+    rows = data.load_rows([str(tmp_path / n) for n in ("a.txt", "b.txt")], Bytes(), 81, 1)
+    assert bytes(rows[0].tolist()) == b"a" * 40 + b"\0" + b"b" * 40

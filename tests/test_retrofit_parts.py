@@ -1,5 +1,6 @@
 """The retrofit's gates, attention, counts, schedules and rows, each by itself."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -156,3 +157,18 @@ def test_as_few_layers_recompute_as_memory_asks_for(monkeypatch):
     assert counts[4] == 36
     model.device = torch.device("cpu")
     assert memory.layers_to_recompute(model, 1 << 20) == 0
+
+
+def test_a_bound_leaves_no_logit_without_a_way_back():
+    """Far outside only noise reaches the other decision; a gradient never leads further out."""
+    logits = torch.cat((torch.full((20_000,), -40.0), torch.full((20_000,), 40.0)))
+    logits = logits.view(1, 1, -1).requires_grad_()
+    for bound, reached in ((0.0, False), (4.0, True)):
+        _, evict = GumbelSigmoid(0.1, seed=0, bound=bound)(logits, layer=0)
+        share = evict[..., :20_000].mean().item()
+        assert share == pytest.approx(reached / (1 + math.exp(4)), rel=0.2)
+        for asked, inwards in ((-evict, slice(0, 20_000)), (evict, slice(20_000, None))):
+            (found,) = torch.autograd.grad(asked.sum(), logits, retain_graph=True)
+            assert found[..., inwards].any() == reached
+            found[..., inwards] = 0
+            assert not found.any()

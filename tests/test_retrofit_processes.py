@@ -1,8 +1,10 @@
 """Two processes take one process's steps."""
 
 import json
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from retrofit_runs import dense, run  # noqa: F401 - dense is a fixture
 from safetensors.torch import load_file
 
 from vllm_dms.retrofit import __main__ as cli
+from vllm_dms.retrofit.checkpoint import load_dense
 from vllm_dms.retrofit.processes import Processes
 from vllm_dms.retrofit.recipe import Recipe
 from vllm_dms.retrofit.trainer import Trainer
@@ -28,10 +31,11 @@ def two_processes(model, out, *extra):
     return done.stdout
 
 
-def test_two_processes_are_one_up_to_rounding(dense, tmp_path, monkeypatch):  # noqa: F811
-    """Also when one process began and two go on."""
+def test_two_processes_are_one_up_to_rounding(dense, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Also when one process began and two go on, and when each holds half of the layers."""
     source = dense("qwen3", attention_bias=False)
     run(source, tmp_path / "one", form=())
+    one = capsys.readouterr().out
     said = two_processes(source, tmp_path / "two")
     assert "CPU x 2" in said and said.count("asked") == 1 + said.count("ratio asked")
 
@@ -41,10 +45,15 @@ def test_two_processes_are_one_up_to_rounding(dense, tmp_path, monkeypatch):  # 
         assert run(source, tmp_path / "mixed", form=()) == cli.STOPPED
     assert "resumed at step 5" in two_processes(source, tmp_path / "mixed", "--resume")
 
-    names = ("one", "two", "mixed")
-    one, *others = (load_file(tmp_path / n / "adapter.safetensors") for n in names)
+    said = two_processes(source, tmp_path / "shards", "--shard", "--recompute", "1")
+    layers = sum(p.numel() for p in load_dense(source, torch.float32).model.layers.parameters())
+    whole, share = (int(re.search(r"(\d+) parameters held", x)[1]) for x in (one, said))
+    assert share == whole - layers // 2
+
+    names = ("one", "two", "mixed", "shards")
+    first, *others = (load_file(tmp_path / n / "adapter.safetensors") for n in names)
     for other in others:
-        for name, true in one.items():
+        for name, true in first.items():
             torch.testing.assert_close(other[name], true, rtol=1e-3, atol=1e-5)
     files = [tmp_path / n / "training" / "log.jsonl" for n in names]
     logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
@@ -55,8 +64,6 @@ def test_two_processes_are_one_up_to_rounding(dense, tmp_path, monkeypatch):  # 
 
 
 def test_forwards_must_be_shared_evenly(dense, tmp_path):  # noqa: F811
-    from vllm_dms.retrofit.checkpoint import load_dense
-
     model = load_dense(dense("qwen3", attention_bias=False), torch.float32)
     recipe = Recipe(batch=3, micro_batch=1, window=6, length=48)
     with pytest.raises(ValueError, match="3 forwards of --micro-batch 1, which 2 processes"):
@@ -67,3 +74,24 @@ def test_shares_are_all_parts_once():
     parts = list("abcdef")
     shares = [Processes(rank, 3).share(parts) for rank in range(3)]
     assert sorted(x for share in shares for x in share) == list(enumerate(parts))
+
+
+@pytest.mark.parametrize(
+    ("size", "extra", "message"),
+    [(1, [], "start it with torchrun"), (2, ["--merge"], "without --merge")],
+    ids=["one process", "weights written"],
+)
+def test_shares_are_refused_where_there_are_none(
+    dense,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+    size,
+    extra,
+    message,
+):
+    place = (Processes(0, size), torch.device("cpu"))
+    monkeypatch.setattr(cli, "joined", lambda: nullcontext(place))
+    with pytest.raises(SystemExit):
+        run(dense("qwen3", attention_bias=False), tmp_path, "--shard", *extra, form=())
+    assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from retrofit_runs import dense, run  # noqa: F401 - dense is a fixture
 
+from vllm_dms.adapters import read_adapter
 from vllm_dms.retrofit import __main__ as cli
 from vllm_dms.retrofit import evaluation
 from vllm_dms.retrofit.recipe import Recipe
@@ -84,6 +85,28 @@ def test_live_ratio_counts_the_window():
     assert recipe.live_ratio(50) == pytest.approx(50 / (10 + 40 / 4))
 
 
+def test_the_threshold_moves_to_the_live_ratio_that_was_asked(dense, tmp_path, capsys):  # noqa: F811
+    """And a run that starts from an adapter's decisions starts where that one ended."""
+    source, first, second = dense("qwen3", attention_bias=False), tmp_path / "1", tmp_path / "2"
+    assert run(source, first, "--live", "1.5", "--ratio", "4", form=()) == cli.OK
+    assert "asked     --live: 1.50x live at 48 tokens" in capsys.readouterr().out
+    summary = json.loads((first / "training" / "summary.json").read_text())
+    assert 1.48 < summary["evaluation"]["live_compression"] < 1.6
+    config = json.loads((first / "config.json").read_text())
+    assert config["dms_initial_alpha_offset"] == summary["alpha_offset"] != 5.0
+
+    go_on = ["--init", str(first), "--ratio", "4", "--start-ratio", "4", "--lr", "1e-9"]
+    run(source, second, *go_on, "--alpha-offset", str(summary["alpha_offset"]), form=())
+    found, true = (read_adapter(path).tensors for path in (second, first))
+    for name, value in true.items():  # Adam moves by the learning rate, however small
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-7)
+    log = (second / "training" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["target_ratio"] == 4 and json.loads(log[0])["share_evicted"] > 0.2
+    with pytest.raises(SystemExit):
+        run(source, second, "--live", "7", form=())
+    assert "have live ratios between 1 and 6.86" in capsys.readouterr().err
+
+
 def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811
     source = dense("llama", attention_bias=False)
     run(source, tmp_path / "adapter", form=())
@@ -96,6 +119,8 @@ def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811
     assert list(arms) == ["dms", "random eviction", "window only"] and live[0] > 1.3
     assert all(abs(x / live[0] - 1) < 0.1 for x in live)
     assert set(arms["dms"]["at_length"]) == {"12", "24", "48"}
+    for picture in (out.with_suffix(".png"), tmp_path / "adapter" / "evaluation.png"):
+        assert picture.stat().st_size > 10_000
 
 
 def test_compare_is_the_kl_of_whole_logits(monkeypatch):

@@ -9,7 +9,8 @@ import torch
 from arena_harness import make_config
 
 from vllm_dms.arena.layout import ArenaLayout, choose_page_size
-from vllm_dms.arena.storage import STORAGES
+from vllm_dms.arena.nibbles import rotate
+from vllm_dms.arena.storage import STORAGES, Int4Storage
 from vllm_dms.backend.state import SideState, allocate_scratch, allocate_side_state, bind_state
 from vllm_dms.gates import CACHE_DTYPES
 
@@ -17,7 +18,7 @@ FORMATS = [(name, dtype) for name in STORAGES for dtype in (torch.bfloat16, torc
 
 
 def make_layout(name, dtype, **overrides):
-    sizes = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 20, "window": 9, "page_size": 8}
+    sizes = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64, "window": 9, "page_size": 8}
     sizes |= {"block_size": 16, "max_model_len": 100, **overrides}
     return ArenaLayout(storage=STORAGES[name].for_model(dtype), **sizes)
 
@@ -37,18 +38,56 @@ def test_the_parts_of_a_page_cover_it_and_do_not_overlap(name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), FORMATS, ids=str)
-def test_a_vector_fits_its_slot_and_survives_a_second_rounding(name, dtype):
+def test_a_slot_holds_what_it_says_and_is_near_what_came(name, dtype):
     storage = STORAGES[name].for_model(dtype)
-    x = torch.randn(5, 3, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 0] = 0
-    values, scales = storage.encode(x)
-    assert values.dtype == storage.dtype and values.shape == (5, 3, storage.width(20))
-    assert scales.shape == (5, 3, storage.num_scales)
-    bytes_of = [t.numel() * t.element_size() for t in (values, scales)]
-    assert 2 * sum(bytes_of) == 15 * storage.slot_bytes(20)
-    once = storage.decode(values, scales)
-    torch.testing.assert_close(once, x.float(), rtol=0.07, atol=0.01)
+    key, value = storage.encode_key(x), storage.encode(x)
+    num_bytes = 0
+    for (values, scales), count in ((key, storage.num_k_scales), (value, storage.num_v_scales)):
+        assert values.dtype == storage.dtype and values.shape == (5, 3, storage.width(64))
+        assert scales.shape == (5, 3, count)
+        num_bytes += sum(t.numel() * t.element_size() for t in (values, scales))
+    assert num_bytes == 15 * storage.slot_bytes(64)
+    limit = {"model": 0.003, "fp8": 0.03, "int4": 0.11}[name]
+    for once in (storage.decode_key(*key), storage.decode(*value)):
+        assert (once - x.float()).norm() <= limit * x.float().norm()
+        assert once[0, 0].abs().max() < 2e-6  # an unit of the smallest scale
+
+
+@pytest.mark.parametrize(("name", "dtype"), FORMATS[:-2], ids=str)
+def test_a_second_rounding_changes_nothing(name, dtype):
+    """With 4 bits it would: slots are copied as they are."""
+    storage = STORAGES[name].for_model(dtype)
+    once = storage.decode(*storage.encode(torch.randn(5, 3, 20).to(dtype)))
     assert torch.equal(once, storage.decode(*storage.encode(once)))
+
+
+def test_int4_errs_by_half_a_step():
+    """A step is a 15th of what a group spans, or a bit more for the rounding of its scale: by
+    1 / 32 for K, whose ends it may cut off, too, and 1 / 16 for V."""
+    storage = Int4Storage()
+    x = torch.randn(1000, 4, 32, generator=torch.Generator().manual_seed(0))
+    x *= 2.0 ** torch.arange(-9, 11).repeat(50)[:, None, None]
+    x[..., :8] += 5 * x[:, :1, :1]  # no group is centered
+    rotated = rotate(x)
+    span = rotated.amax(-1) - rotated.amin(-1)
+    out = storage.decode_key(*storage.encode_key(x.flatten(-2))).unflatten(-1, (4, -1))
+    error = (rotate(out) - rotated).abs().amax(-1)
+    assert (error <= span / 15 * (0.5 + 1 / 8 + 15 / 64) * (1 + 1 / 32)).all()
+    span = torch.maximum(-x.amin(-1) / 8, x.amax(-1) / 7)
+    error = (storage.decode(*storage.encode(x.flatten(-2))).unflatten(-1, (4, -1)) - x).abs()
+    assert (error.amax(-1) <= span * (0.5 + 8 / 16)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3.0e38])
+def test_int4_shows_what_it_cannot_hold(bad):
+    storage = Int4Storage()
+    x = torch.randn(128)
+    x[40] = bad
+    key, value = storage.decode_key(*storage.encode_key(x)), storage.decode(*storage.encode(x))
+    for out in (key, value):
+        assert out.isnan().nonzero().flatten().tolist() == list(range(32, 64))
 
 
 def test_every_format_has_a_flag_and_a_setting():

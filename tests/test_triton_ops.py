@@ -66,6 +66,13 @@ def test_fp8_storage_of_an_odd_shape():
     check(replace(CASE, storage="fp8", **shape, chunks=(20, 1, 1), lengths=(55, 34)))
 
 
+@pytest.mark.parametrize("chunks", [(1,), (33, 1, 5)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_int4_storage(dim, chunks):
+    shape = {"dim": dim, "layers": 1, "group": 3}
+    check(replace(CASE, storage="int4", **shape, chunks=chunks, lengths=(60, 45)))
+
+
 def test_the_report_equals_the_plain_one():
     case = replace(CASE, window=7, heads=3, chunks=(20, 1), lengths=(30, 55))
     harness, _ = case.run(kernels=True)
@@ -77,20 +84,22 @@ def test_the_report_equals_the_plain_one():
 
 
 @pytest.mark.parametrize("merge_block", [1, 16])
-def test_many_programs_share_one_row(merge_block):
+@pytest.mark.parametrize("merge_cuts", [0, 99], ids=["by another kernel", "by the last of them"])
+def test_many_programs_share_one_row(merge_block, merge_cuts):
     """13 of them: merged in several rounds or at once."""
-    tuning = replace(CASE.tuning, programs=32, merge_block=merge_block)
+    tuning = replace(CASE.tuning, programs=32, merge_block=merge_block, merge_cuts=merge_cuts)
     shape = {"heads": 1, "layers": 1, "group": 4, "window": 4}
     check(replace(CASE, **shape, evict=False, chunks=(190, 1), lengths=(200,), tuning=tuning))
 
 
+@pytest.mark.parametrize("merge_cuts", [0, 99])
 @pytest.mark.parametrize("programs", [8, 3])
-def test_a_program_ends_one_row_and_begins_another(programs):
+def test_a_program_ends_one_row_and_begins_another(programs, merge_cuts):
     """Nine rows of four tiles: five tiles a program, with parts of two rows, or three whole rows.
 
     Lengths are equal: a row read with its neighbor's state has the right number of slots.
     """
-    tuning = replace(CASE.tuning, programs=programs)
+    tuning = replace(CASE.tuning, programs=programs, merge_cuts=merge_cuts)
     rows = {"heads": 3, "window": 4, "evict": False, "lengths": (49, 49, 49)}
     check(replace(CASE, **rows, chunks=(48,), tuning=tuning))
 
@@ -130,6 +139,9 @@ def test_only_padding_leaves_no_trace():
     [
         (torch.bfloat16, "model", 128, 8, 4),
         (torch.bfloat16, "fp8", 128, 8, 4),
+        (torch.bfloat16, "int4", 128, 8, 4),
+        (torch.float16, "int4", 64, 2, 8),
+        (torch.bfloat16, "int4", 256, 2, 2),
         (torch.float16, "model", 64, 2, 8),
         (torch.float16, "fp8", 64, 2, 8),
         (torch.bfloat16, "model", 80, 3, 1),

@@ -92,7 +92,7 @@ def check_hooks(hooks: dict[str, str] = REQUIRED_HOOKS) -> None:
         raise MissingHookError(missing)
 
 
-def patch_cache_dtype(names: Iterable[str] = ("dms", "dms_fp8")) -> None:
+def patch_cache_dtype(names: Iterable[str] = ("dms", "dms_fp8", "dms_int4")) -> None:
     """Let --kv-cache-dtype and CacheConfig accept `names`.
 
     Symptom: `invalid choice: 'dms'` on the command line, a pydantic error in `LLM(...)`.

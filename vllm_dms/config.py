@@ -56,7 +56,7 @@ _RULES = {
         "a number of at least 1, or absent",
     ),
     "zero": _one_of("before", "both", "never"),
-    "storage": _one_of("model", "fp8"),
+    "storage": _one_of("model", "fp8", "int4"),
     "reserve_compression": (lambda v: _is_number(v) and v >= 1, "a number of at least 1"),
     "page_size": (
         lambda v: v is None or (_is_int(v) and v >= 8 and v & (v - 1) == 0),
@@ -88,7 +88,7 @@ class DMSConfig:
     zero: Literal["before", "both", "never"] = "both"  # where, around RoPE, a borrowed channel is 0
     evict: bool = True  # False keeps every token: the control arm
     nominal_ratio: float | None = None  # the compression the checkpoint was trained for
-    storage: Literal["model", "fp8"] = "model"  # "model": K/V in the model's own dtype
+    storage: Literal["model", "fp8", "int4"] = "model"  # "model": K/V in the model's own dtype
     reserve_compression: float = 1.0  # compression that the max_model_len check may count on
     page_size: int | None = None  # slots per leaf page; None: chosen by the layout
     kernels: Literal["auto", "triton", "torch"] = "auto"

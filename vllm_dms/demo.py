@@ -2,7 +2,7 @@
 
 Two servers, one after the other: `vllm serve --kv-cache-dtype dms`, and the same with eviction off.
 Each is asked for a fact that a text of several thousand tokens has near its start. Exit code 1: the
-answer of the first one is wrong, or nothing was evicted.
+answer of the first one is wrong, or nothing was evicted. Of another model: see demo_chat.
 """
 
 import argparse
@@ -71,12 +71,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(log: Path, settings: dict[str, Any]) -> Iterator["OpenAI"]:
+def server(log: Path, settings: dict[str, Any], model: Path = EMBEDDED) -> Iterator["OpenAI"]:
     """A ready server's client; the server is gone when the block ends, however."""
     from openai import OpenAI
 
     port = free_port()
-    args = ["serve", str(EMBEDDED), *SERVER_ARGS, "--port", str(port)]
+    args = ["serve", str(model), *SERVER_ARGS, "--port", str(port)]
     args += ["--additional-config", json.dumps({"dms": settings})]
     say("vllm " + shlex.join(args))
     env = os.environ | SERVER_ENV | (CPU_ENV if vllm_version().endswith("+cpu") else {})
@@ -201,23 +201,48 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--logs", metavar="DIR", type=Path, help="of the servers' logs (default: a new one in /tmp)"
     )
+    other = parser.add_argument_group("another model, and a chat about a text")
+    other.add_argument("--base", metavar="DIR", type=Path, help="the model as it is")
+    other.add_argument("--adapter", metavar="DIR", type=Path, help="its decisions")
+    other.add_argument("--text", metavar="FILE", type=Path, help="what the chat is about")
+    other.add_argument("--question", action="append", help="may be given several times")
     return parser
 
 
+def check_other(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """True: another model is to be served, and all that it takes is there."""
+    needed = {"--base": args.base, "--adapter": args.adapter, "--text": args.text}
+    if not any(needed.values()) and not args.question:
+        return False
+    for name, path in needed.items():
+        if path is None:
+            parser.error(f"{name} is missing: another model takes {', '.join(needed)}.")
+        if not path.exists():
+            parser.error(f"{name} {path}: there is no such file or directory.")
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    another = check_other(parser, args)
     if args.path:
         print(EMBEDDED)
         return 0
     catch_signals()
     logs = args.logs or Path(tempfile.mkdtemp(prefix="vllm-dms-demo-"))
     logs.mkdir(parents=True, exist_ok=True)
-    prompt, answer = read_question((EMBEDDED / "sample.txt").read_text())
-    question = prompt.partition("<|im_end|>")[0].splitlines()[-1]
-    say(f"model: {EMBEDDED}; after a long text it is asked: {question}")
     arms: dict[str, dict[str, Any]] = {"DMS": {}, "eviction off": {"evict": False}}
     if args.no_control:
         del arms["eviction off"]
+    if another:
+        from . import demo_chat
+
+        questions = args.question or list(demo_chat.QUESTIONS)
+        return demo_chat.run(args.base, args.adapter, args.text.read_text(), questions, logs, arms)
+    prompt, answer = read_question((EMBEDDED / "sample.txt").read_text())
+    question = prompt.partition("<|im_end|>")[0].splitlines()[-1]
+    say(f"model: {EMBEDDED}; after a long text it is asked: {question}")
     rows = {}
     for title, settings in arms.items():
         print()

@@ -27,10 +27,11 @@ from vllm_dms.refusals import refusals
 
 logger = init_logger(__name__)
 
-CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8"}  # flag value -> DMSConfig.storage
+# Flag value -> DMSConfig.storage.
+CACHE_DTYPES = {"dms": "model", "dms_fp8": "fp8", "dms_int4": "int4"}
 CONNECTOR = "DMSConnector"
 # vLLM's own list plus ours; set before vLLM fills in its default.
-ATTENTION_OP = "vllm_dms::attention"
+ATTENTION_OPS = ("vllm_dms::attention", "vllm_dms::attention_of_projection")
 
 
 def prepare(engine_args: Any) -> None:
@@ -67,7 +68,8 @@ def prepare(engine_args: Any) -> None:
 
 
 def configure(vllm_config: VllmConfig) -> None:
-    """Apply ``--kv-cache-dtype dms`` or ``dms_fp8``; without it, only warn where DMS was meant."""
+    """Apply ``--kv-cache-dtype dms``, ``dms_fp8`` or ``dms_int4``; without it, only warn where DMS
+    was meant."""
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in CACHE_DTYPES:
         _warn_if_dense(vllm_config)
@@ -154,7 +156,7 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
         logger.warning("--attention-backend %s has no effect: DMS brings its own.", backend.name)
     # For `vllm:cache_config_info`, which shows what this object holds.
     cache.dms_cache_dtype = cache.cache_dtype
-    # The pages hold the model's dtype or FP8 by DMS's own rule; vLLM's tables know neither name.
+    # What the pages hold is DMS's own rule; vLLM's tables know none of its names.
     cache.cache_dtype = "auto"
     vllm_config.additional_config = {**vllm_config.additional_config, "dms": config.to_dict()}
     vllm_config.kv_transfer_config = transfer_config()
@@ -162,8 +164,9 @@ def _apply(vllm_config: VllmConfig, config: DMSConfig) -> None:
     splitting = compilation.splitting_ops
     if splitting is None:
         splitting = [*compilation._attention_ops]
-    if splitting and ATTENTION_OP not in splitting:
-        compilation.splitting_ops = [*splitting, ATTENTION_OP]
+    if splitting:
+        missing = [op for op in ATTENTION_OPS if op not in splitting]
+        compilation.splitting_ops = [*splitting, *missing]
     _select_model(vllm_config)
 
 

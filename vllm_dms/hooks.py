@@ -78,10 +78,16 @@ OVERRIDDEN = {
         "the KV cache spec": "get_kv_cache_spec",
     },
 } | {
-    owner: {purpose: name}
-    for owners, purpose, name in (
-        ((*_ATTENTION, _NORM), "attention with a decision", "forward"),
-        (_MODEL, "the adapter's weights", "load_weights"),
+    owner: purposes
+    for owners, purposes in (
+        ((*_ATTENTION, _NORM), {"attention with a decision": "forward"}),
+        (
+            _MODEL,
+            {
+                "the adapter's weights": "load_weights",
+                "no LoRA on a q_proj that decides": "packed_modules_mapping",
+            },
+        ),
     )
     for owner in owners
 }
@@ -99,6 +105,11 @@ _OTHER = {
     "vllm.config.model_arch:ModelArchitectureConfig.architectures",
     # They pass what `input_layernorm` returns on to `self_attn`.
     "the hidden state before it was normed": " ".join(f"{d}.forward" for d in _DECODER_LAYER),
+    # A class with another of these rotates otherwise than `backend.projection` (`graft.is_plain`).
+    "norms and rotation in one kernel": " ".join(
+        f"vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.{name}"
+        for name in ("forward_native", "forward_cuda", "forward_static")
+    ),
     "the models": "vllm.model_executor.models.registry:ModelRegistry.inspect_model_cls "
     "vllm.model_executor.models.registry:ModelRegistry.register_model",
     "the attention backend": "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM "

@@ -21,7 +21,7 @@ def register() -> None:
         # flag that is accepted must be acted on.
         compat.wrap_config_hook(configure)
         compat.wrap_model_config(prepare)
-        # The flag: --kv-cache-dtype dms, dms_fp8.
+        # The flag: --kv-cache-dtype dms, dms_fp8, dms_int4.
         compat.patch_cache_dtype()
     except compat.MissingHookError as error:
         logger.error("%s vLLM runs on without DMS.", error)

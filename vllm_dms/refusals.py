@@ -10,7 +10,6 @@ from vllm.platforms import current_platform
 
 from vllm_dms.config import DMSConfig
 from vllm_dms.formats import SUPPORTED_FORMATS
-from vllm_dms.lora import reaches_queries
 from vllm_dms.models.families import family_of_architectures
 
 ANOTHER_MODEL = "Serve this model with --kv-cache-dtype auto."
@@ -30,8 +29,8 @@ class Refusal:
 def refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     """The texts of those that apply."""
     every = (
-        *_of_the_model(vllm_config),
-        *_of_features(vllm_config, config),
+        *_of_the_model(vllm_config, config),
+        *_of_features(vllm_config),
         *_of_parallelism(vllm_config, config),
         *_of_compilation(vllm_config, config),
         *_of_the_machine(vllm_config, config),
@@ -39,7 +38,8 @@ def refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     return [str(refusal) for refusal in every if refusal.applies]
 
 
-def _of_the_model(vllm_config: VllmConfig) -> list[Refusal]:
+def _of_the_model(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
+    head_dim = vllm_config.model_config.get_head_size()
     model, hf_config = vllm_config.model_config, vllm_config.model_config.hf_config
     architectures = getattr(hf_config, "architectures", None) or []
     layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
@@ -77,8 +77,14 @@ def _of_the_model(vllm_config: VllmConfig) -> list[Refusal]:
         Refusal(
             "the checkpoint quantizes its KV cache to FP8",
             _quantizes_kv(hf_config),
-            "DMS pages hold the model's dtype or their own FP8 format",
+            "DMS pages hold the model's dtype or their own formats",
             "Use a checkpoint without kv_cache_scheme.",
+        ),
+        Refusal(
+            f"--kv-cache-dtype is dms_int4 and head_dim {head_dim}",
+            config.storage == "int4" and (head_dim < 64 or head_dim & (head_dim - 1)),
+            "4-bit pages are made for a head_dim of 64, 128 or another higher power of two",
+            "Use --kv-cache-dtype dms_fp8.",
         ),
     ]
 
@@ -95,7 +101,7 @@ def _quantizes_kv(hf_config: Any) -> bool:
     )
 
 
-def _of_features(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
+def _of_features(vllm_config: VllmConfig) -> list[Refusal]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     return [
         Refusal(
@@ -123,12 +129,6 @@ def _of_features(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
             "--kv-cache-dtype-skip-layers is set",
             cache.kv_cache_dtype_skip_layers,
             "all layers share one arena",
-        ),
-        Refusal(
-            "--enable-lora is set",
-            not config.adapter and reaches_queries(vllm_config.lora_config),
-            "the decision is borrowed from a channel of q_proj, which a LoRA there would change",
-            "Add --lora-target-modules without q_proj, k_proj and v_proj, or merge the LoRA.",
         ),
         Refusal(
             "--enable-sleep-mode is set",

@@ -1,13 +1,30 @@
 """Arms that vLLM answers. Imported in the parent too, so vLLM is imported only where it runs."""
 
+import json
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from .task import Task
 
-ARM_SETTINGS = {"off": ("dms", {"evict": False}), "dms": ("dms", {}), "dms_fp8": ("dms_fp8", {})}
+# --kv-cache-dtype, and the plugin's settings; None: stock vLLM, which serves the checkpoint without
+# its decisions.
+ARM_SETTINGS: dict[str, tuple[str, dict | None]] = {
+    "off": ("dms", {"evict": False}),
+    "off_fp8": ("dms_fp8", {"evict": False}),
+    "off_int4": ("dms_int4", {"evict": False}),
+    "dms": ("dms", {}),
+    "dms_fp8": ("dms_fp8", {}),
+    "dms_int4": ("dms_int4", {}),
+    "bf16": ("auto", None),
+    "fp8": ("fp8", None),
+    "turboquant_4bit_nc": ("turboquant_4bit_nc", None),
+    "int4_per_token_head": ("int4_per_token_head", None),
+}
 ANSWER_TOKENS = 64
 
 
@@ -16,36 +33,77 @@ class ArmResult:
     """By length."""
 
     hits: dict[int, list[list[bool]]]  # per question, per needle
-    compression: dict[int, float]  # dense over live tokens at the end, as the engine reports it
+    compression: dict[int, float]  # dense over live tokens at the end, as the plugin reports it
     # Token ids and log-probabilities (T - 1, K) of each scored question.
     scores: dict[int, list[tuple[np.ndarray, np.ndarray]]]
 
 
-def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> ArmResult:
+def start(
+    arm: str,
+    model: Path,
+    length: int,
+    dtype: str,
+    logprobs: int,
+    kv_gib: float,
+    chunk: int,
+    adapter: Path | None = None,
+):
+    """vLLM for prompts of up to ``length`` tokens, read ``chunk`` at a time: what is in a chunk is
+    seen by it before it is rounded. ``adapter``: where the decisions are, if not in the model."""
     # Before vLLM's import: this process is the engine's own, and on a CPU one thread is exact.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     cache, settings = ARM_SETTINGS[arm]
-    # log-probabilities of a chunk are held at once: (2,048, vocabulary) in fp32
-    llm = LLM(
-        str(task.model),
+    if settings is None and adapter is None:
+        model = dense_copy(model)
+    elif settings is not None and adapter is not None:
+        settings = settings | {"adapter": str(adapter)}
+    # log-probabilities of a chunk are held at once: (chunk, vocabulary) in fp32
+    return LLM(
+        str(model),
         kv_cache_dtype=cache,
         dtype=dtype,
-        max_model_len=max(task.questions) + ANSWER_TOKENS,
+        max_model_len=length + ANSWER_TOKENS,
         enforce_eager=True,
         kv_cache_memory_bytes=int(kv_gib * 2**30),
         gpu_memory_utilization=0.5,  # must be free at the start: others may use the GPU, too
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=chunk,
         max_num_seqs=16,
         max_logprobs=logprobs,
-        additional_config={"dms": settings},
+        additional_config={} if settings is None else {"dms": settings},
     )
-    generate = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-    score = SamplingParams(
+
+
+def compression(outputs: list) -> float:
+    """Dense over live tokens, as the plugin reports them; of stock vLLM 1."""
+    if outputs[0].kv_transfer_params is None:
+        return 1.0
+    stats = [o.kv_transfer_params["dms"] for o in outputs]
+    live, dense = (sum(s[key] for s in stats) for key in ("live_tokens", "dense_tokens"))
+    return dense / live
+
+
+def score(llm, token_ids: list[list[int]], logprobs: int):
+    """Of each prompt its `_table`, and what vLLM gave."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
         temperature=0, max_tokens=1, prompt_logprobs=logprobs, flat_logprobs=True, detokenize=False
     )
+    prompts = [{"prompt_token_ids": ids} for ids in token_ids]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [_table(o.prompt_logprobs) for o in outputs], outputs
+
+
+def run_arm(
+    arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float, chunk: int
+) -> ArmResult:
+    llm = start(arm, task.model, max(task.questions), dtype, logprobs, kv_gib, chunk)
+    from vllm import SamplingParams
+
+    generate = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
     result = ArmResult({}, {}, {})
     for length, questions in task.questions.items():
         prompts = [{"prompt_token_ids": q.prompt} for q in questions]
@@ -54,13 +112,28 @@ def run_arm(arm: str, task: Task, dtype: str, logprobs: int, kv_gib: float) -> A
             [code in o.outputs[0].text for code in q.codes]
             for q, o in zip(questions, outputs, strict=True)
         ]
-        stats = [o.kv_transfer_params["dms"] for o in outputs]
-        live, dense = (sum(s[key] for s in stats) for key in ("live_tokens", "dense_tokens"))
-        result.compression[length] = dense / live
-        scored = [{"prompt_token_ids": q.prompt + q.answer} for q in questions[: task.scored]]
-        outputs = llm.generate(scored, score, use_tqdm=False)
-        result.scores[length] = [_table(o.prompt_logprobs) for o in outputs]
+        result.compression[length] = compression(outputs)
+        scored = [q.prompt + q.answer for q in questions[: task.scored]]
+        result.scores[length], _ = score(llm, scored, logprobs)
     return result
+
+
+def dense_copy(model: Path) -> Path:
+    """An adapter checkpoint without its decisions, in a folder of its own: for stock vLLM."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((model / "config.json").read_text())
+    if not config.get("dms_separate_alpha"):
+        raise SystemExit(f"{model} borrows channels for its decisions: stock vLLM would use them.")
+    out = Path(tempfile.mkdtemp(prefix="dense-"))
+    shutil.copytree(model, out, dirs_exist_ok=True)
+    config = {key: value for key, value in config.items() if not key.startswith("dms_")}
+    config["architectures"] = [name.removesuffix("DMS") for name in config["architectures"]]
+    (out / "config.json").write_text(json.dumps(config))
+    for file in out.glob("*.safetensors"):
+        weights = {name: w for name, w in load_file(file).items() if "dms_" not in name}
+        save_file(weights, file, metadata={"format": "pt"})
+    return out
 
 
 def _table(flat) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """How K and V are stored in pages: one class for each format.
 
-A page of P slots is K's values ``[P, width]``, V's values ``[P, width]``, then bfloat16 numbers
-``[P, 2, num_scales]`` of K and V. A vector is the K or V of one token and head, [D].
+A page of P slots is K's values ``[P, width]``, V's values ``[P, width]``, then for each slot the
+scales of its K and of its V, as bfloat16 numbers or whatever else their bits mean to the format. A
+vector is the K or V of one token and head, [D].
 
 A new format is a class here and an entry in `STORAGES`; what the kernels do with it goes where they
 ask for `Storage.name` (`backend.kernels.pages`, `decode` and `tuning`), and its flag to `gates`.
@@ -13,11 +14,21 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from vllm_dms.arena.nibbles import (
+    float16_bits,
+    nan_of_all_ones,
+    pack,
+    rotate,
+    round_scale,
+    round_to_nibble,
+    unpack,
+)
+
 SCALE_DTYPE = torch.bfloat16
 
 
 class Pages(NamedTuple):
-    """Views of whole pages: values [num_pages, P, width], scales [num_pages, P, num_scales]."""
+    """Views of whole pages: values [num_pages, P, width], scales [num_pages, P, *]."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -31,7 +42,8 @@ class Storage(ABC):
 
     dtype: torch.dtype  # of values
     name: ClassVar[str]  # `DMSConfig.storage`, and how the kernels tell formats apart
-    num_scales: ClassVar[int]  # bfloat16 numbers beside the values of a vector
+    num_k_scales: ClassVar[int]  # bfloat16 numbers beside the values of a K
+    num_v_scales: ClassVar[int]
     min_capability: ClassVar[int]  # of GPUs that the kernels run on, 89 for 8.9
     # In how many products the kernels sum over the channels, each over every num_products-th one.
     num_products: ClassVar[int] = 1
@@ -48,18 +60,31 @@ class Storage(ABC):
         """Values of a vector, in elements of ``dtype``."""
         return head_dim
 
+    @property
+    def num_scales(self) -> int:
+        """Of a slot."""
+        return self.num_k_scales + self.num_v_scales
+
     @abstractmethod
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values [..., width] and scales [..., num_scales] of vectors x [..., D]."""
+        """Values [..., width] and scales [..., num_v_scales] of V x [..., D]."""
 
     @abstractmethod
     def decode(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32 [..., D] of what `encode` gave."""
 
+    def encode_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values [..., width] and scales [..., num_k_scales] of K x [..., D]."""
+        return self.encode(x)
+
+    def decode_key(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """float32 [..., D] of what `encode_key` gave."""
+        return self.decode(values, scales)
+
     def slot_bytes(self, head_dim: int) -> int:
         """K, V and their scales."""
         vector = self.width(head_dim) * self.dtype.itemsize
-        return 2 * (vector + self.num_scales * SCALE_DTYPE.itemsize)
+        return 2 * vector + self.num_scales * SCALE_DTYPE.itemsize
 
     def view_pages(self, pages: torch.Tensor, page_size: int, head_dim: int) -> Pages:
         """``pages`` uint8 [num_pages, page_bytes]"""
@@ -70,12 +95,12 @@ class Storage(ABC):
         def part(start: int, stop: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return pages[:, start:stop].view(dtype).unflatten(1, (page_size, *shape))
 
-        scales = part(2 * values, end, SCALE_DTYPE, 2, self.num_scales)
+        scales = part(2 * values, end, SCALE_DTYPE, self.num_scales)
         return Pages(
             k=part(0, values, self.dtype, width),
             v=part(values, 2 * values, self.dtype, width),
-            k_scales=scales[:, :, 0],
-            v_scales=scales[:, :, 1],
+            k_scales=scales[:, :, : self.num_k_scales],
+            v_scales=scales[:, :, self.num_k_scales :],
         )
 
 
@@ -84,7 +109,7 @@ class ModelStorage(Storage):
     """K and V in ``dtype``, the model's own: what the model computed, unchanged."""
 
     name = "model"
-    num_scales = 0
+    num_k_scales = num_v_scales = 0
     min_capability = 80
 
     def __str__(self) -> str:
@@ -107,7 +132,7 @@ class FP8Storage(Storage):
 
     dtype: torch.dtype = torch.float8_e4m3fn
     name = "fp8"
-    num_scales = 1
+    num_k_scales = num_v_scales = 1
     min_capability = 89  # the first that converts FP8 itself
     num_products = 2
 
@@ -118,11 +143,88 @@ class FP8Storage(Storage):
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, limit = x.float(), torch.finfo(self.dtype).max
         scales = (x.abs().amax(-1, keepdim=True) / limit).to(SCALE_DTYPE)
-        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        return (x / scales.float()).clamp(-limit, limit).to(self.dtype), scales
+        # A vector that small, down to zeros, becomes zeros: its reciprocal would be infinite.
+        small = scales < torch.finfo(SCALE_DTYPE).tiny
+        scales = torch.where(small, torch.ones_like(scales), scales)
+        # A product with the reciprocal: a division for each channel costs more than the store.
+        return (x * (1.0 / scales.float())).clamp(-limit, limit).to(self.dtype), scales
 
     def decode(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values.float() * scales.float()
 
 
-STORAGES: dict[str, type[Storage]] = {kind.name: kind for kind in (ModelStorage, FP8Storage)}
+@dataclass(frozen=True)
+class Int4Storage(Storage):
+    """4 bits a channel, in four groups of D / 4 channels with a scale each.
+
+    K is rotated within its groups, which spreads channels that are always large, and has a center
+    for each group: n stands for (n - 7.5 + center) * scale. In V n stands for (n - 8) * scale. A
+    group with NaN or infinity is NaN as a whole.
+
+    Word w of a vector, 16 bits, is channel w of each group, the first group's lowest. K's scales
+    are 16 bits a group: a positive float16 without its last 6 bits, then ``CENTER_BITS`` that count
+    quarter steps from -64. V's are 8 bits: a positive float16 without its last 7 bits.
+    """
+
+    dtype: torch.dtype = torch.uint8
+    name = "int4"
+    num_k_scales = 4
+    num_v_scales = 2
+    min_capability = 80
+    num_products = 4
+
+    NUM_GROUPS: ClassVar[int] = 4
+    CENTER_BITS: ClassVar[int] = 7
+    MAX_CENTER: ClassVar[int] = 63  # in quarters of a step
+
+    @classmethod
+    def for_model(cls, dtype: torch.dtype) -> "Storage":
+        return cls()
+
+    def width(self, head_dim: int) -> int:
+        if head_dim < 64 or head_dim & (head_dim - 1):
+            raise ValueError(f"int4 needs a head_dim of 64, 128, 256, ..., not {head_dim}")
+        return head_dim // 2
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.float().unflatten(-1, (self.NUM_GROUPS, -1))
+        low, high = -x.amin(-1, keepdim=True) * (1 / 8), x.amax(-1, keepdim=True) * (1 / 7)
+        scale = round_scale(torch.maximum(low, high), mantissa_bits=3)
+        finite = ~scale.isnan()
+        n = round_to_nibble(x * (1.0 / scale) + 8.0, finite)
+        code = torch.where(finite, float16_bits(scale) >> 7, 0xFF).squeeze(-1)
+        return pack(n), code.to(torch.uint8).view(SCALE_DTYPE)
+
+    def decode(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        code = scales.contiguous().view(torch.uint8).to(torch.int16)
+        scale = nan_of_all_ones((code << 7).view(torch.float16), code == 0xFF)
+        return ((unpack(values) - 8.0) * scale.unsqueeze(-1)).flatten(-2)
+
+    def encode_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = rotate(x.float().unflatten(-1, (self.NUM_GROUPS, -1)))
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        middle = (low + high) * 0.5
+        wide = torch.maximum((high - low) * (1 / 15), middle.abs() * (4 / self.MAX_CENTER))
+        scale = round_scale(wide, mantissa_bits=4)
+        finite = ~scale.isnan()
+        reciprocal = 1.0 / scale
+        center = torch.where(finite, (middle * reciprocal * 4.0).round(), 0.0)
+        center = center.clamp(-self.MAX_CENTER, self.MAX_CENTER)
+        n = round_to_nibble(x * reciprocal - center * 0.25 + 7.5, finite)
+        bits = torch.where(finite, float16_bits(scale) >> 6, 0x1FF) << self.CENTER_BITS
+        word = bits | (center.int() + (1 << (self.CENTER_BITS - 1)))
+        return pack(n), word.squeeze(-1).to(torch.int16).view(SCALE_DTYPE)
+
+    def decode_key(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        word = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+        bits = word >> self.CENTER_BITS
+        scale = nan_of_all_ones((bits << 6).to(torch.int16).view(torch.float16), bits == 0x1FF)
+        half = 1 << (self.CENTER_BITS - 1)
+        center = ((word & (2 * half - 1)) - half) * 0.25
+        x = (unpack(values) - 7.5 + center.unsqueeze(-1)) * scale.unsqueeze(-1)
+        return (rotate(x) / x.shape[-1]).flatten(-2)
+
+
+STORAGES: dict[str, type[Storage]] = {
+    kind.name: kind for kind in (ModelStorage, FP8Storage, Int4Storage)
+}

@@ -1,18 +1,15 @@
 """The attention layer and backend that vLLM sees.
 
-vLLM's own attention op has no argument for a decision, so a DMS layer has an op of its own, which
-`gates.configure` adds to vLLM's splitting ops.
+vLLM's own attention op has no argument for a decision, so a DMS layer has ops of its own
+(`attention_ops`), which `gates.configure` adds to vLLM's splitting ops.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.library import Library
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -25,8 +22,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+import vllm_dms.backend.attention_ops  # noqa: F401 registers torch.ops.vllm_dms.attention
 from vllm_dms.arena.spec import DMSCacheSpec, make_spec
 from vllm_dms.backend.ops import Ops
+from vllm_dms.backend.projection import Projection, rotated_width
 from vllm_dms.backend.runtime import Runtime
 from vllm_dms.backend.state import Batch
 from vllm_dms.compat import check_hooks
@@ -130,10 +129,24 @@ class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
         if layer_index == 0:
             ops.begin_step(batch)
         ops.store(batch, layer_index, key, value, alpha)
+        self.read(ops, layer_index, query, key, value, batch, output)
+
+    def read(
+        self,
+        ops: Ops,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend to what was stored."""
         if batch.max_query_len > 1:
             ops.prefill(batch, layer_index, query, key, value, output)
             ops.store_window(batch, layer_index, key, value)
-        ops.decode(batch, layer_index, query, output)
+        if batch.may_decode:
+            ops.decode(batch, layer_index, query, output)
 
 
 class DMSCompactAttentionBackend(AttentionBackend):
@@ -166,6 +179,7 @@ class DMSAttention(Attention):
         layers = vllm_config.compilation_config.static_forward_context
         first = next((layer for layer in layers.values() if isinstance(layer, DMSAttention)), None)
         super().__init__(*args, prefix=prefix, attn_backend=DMSCompactAttentionBackend, **kwargs)
+        self.projection: Projection | None = None  # set where `of_projection` is called
         self.layer_index = sum(isinstance(layer, DMSAttention) for layer in layers.values()) - 1
         if first is None:
             check_hooks()
@@ -199,56 +213,28 @@ class DMSAttention(Attention):
         )
         return output
 
+    def project_by(self, projection: Projection) -> None:
+        """Before `of_projection`."""
+        self.projection = projection
+        self.dms_runtime.projection = self.dms_runtime.projection or projection
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    alpha: torch.Tensor,
-    output: torch.Tensor,
-    layer_name: str,
-) -> None:
-    context = get_forward_context()
-    metadata = context.attn_metadata
-    if metadata is None:  # vLLM's memory profiling
-        output.zero_()
-        return
-    layer = context.no_compile_layers[layer_name]
-    layer.dms_runtime.bind(layer.kv_cache)
-    layer.impl.attend(
-        layer.dms_runtime.ops,
-        layer.layer_index,
-        query,
-        key,
-        value,
-        alpha,
-        metadata[layer_name].batch,
-        output,
-    )
-
-
-def _attention_fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    alpha: torch.Tensor,
-    output: torch.Tensor,
-    layer_name: str,
-) -> None:
-    return
+    def of_projection(
+        self, qkv: torch.Tensor, positions: torch.Tensor, alpha: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``qkv`` [T, (H * G + 2 * H) * D], still to be normed and rotated; ``alpha`` None:
+        borrowed from it."""
+        group = self.num_heads // self.num_kv_heads
+        width = rotated_width(self.num_kv_heads, group, self.head_size)
+        rotated = qkv.new_empty(qkv.shape[0], width)
+        output = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_size)
+        torch.ops.vllm_dms.attention_of_projection(
+            qkv, positions, alpha, rotated, output, self.layer_name
+        )
+        return output
 
 
 # The one free name, and one that every process can unpickle. Not before a DMS model is served: it
 # may be another plugin's.
 register_backend(
     AttentionBackendEnum.CUSTOM, f"{__name__}.{DMSCompactAttentionBackend.__qualname__}"
-)
-
-_library = Library("vllm_dms", "FRAGMENT")
-direct_register_custom_op(
-    op_name="attention",
-    op_func=_attention,
-    mutates_args=["output"],
-    fake_impl=_attention_fake,
-    target_lib=_library,
 )

@@ -9,6 +9,7 @@ then for each layer, in order,
 
     store           survivors of the tokens that leave the window in this step are appended;
                     requests with one query token also write it to the ring
+                    (store_projection: of what is still to be normed and rotated)
     prefill         requests with several query tokens attend: survivors without a mask, then
                     ring and chunk by position and verdict
     store_window    their last W + 1 tokens go to the ring
@@ -26,6 +27,7 @@ from typing import Protocol
 import torch
 
 from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.backend.projection import Attended, Projection
 from vllm_dms.backend.state import ArenaState, Batch
 
 
@@ -33,6 +35,10 @@ class Ops(Protocol):
     """Nothing here synchronizes with the host or allocates after start-up on CUDA, so a CUDA graph
     can hold all of it: `begin_step` as well, which is why the first layer calls it and not what
     prepares the step outside the graph."""
+
+    def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
+        """Whatever the first call of an operation would wait for; ``dtype``: the model's. The null
+        state alone is touched."""
 
     def begin_step(self, batch: Batch) -> None: ...
 
@@ -44,6 +50,19 @@ class Ops(Protocol):
         value: torch.Tensor,
         alpha: torch.Tensor,
     ) -> None: ...
+
+    def store_projection(
+        self,
+        batch: Batch,
+        layer: int,
+        projection: Projection,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        alpha: torch.Tensor | None,
+        rotated: torch.Tensor,
+    ) -> Attended:
+        """`projection.project`, then `store`; what of the result `store` alone reads need not be
+        in ``rotated``. ``alpha`` None: borrowed."""
 
     def prefill(
         self,

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm_dms.arena.layout import ArenaLayout, choose_page_size
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.ops import Ops
+from vllm_dms.backend.projection import Projection
 from vllm_dms.backend.state import (
     ArenaState,
     allocate_scratch,
@@ -18,7 +19,7 @@ from vllm_dms.backend.state import (
     bind_state,
 )
 from vllm_dms.backend.torch_ops import TorchOps
-from vllm_dms.backend.updates import Reporter
+from vllm_dms.backend.updates import NULL_STEP, Reporter, apply_updates
 from vllm_dms.config import DMSConfig
 
 logger = init_logger(__name__)
@@ -85,6 +86,10 @@ class Runtime:
         """``scale``: of the softmax, the same in all layers"""
         scheduler = vllm_config.scheduler_config
         self.config, self.scale = config, scale
+        self._dtype = vllm_config.model_config.dtype
+        self.projection: Projection | None = (
+            None  # of the first layer, if `store_projection` is used
+        )
         self.layout = make_layout(vllm_config, config)
         max_num_seqs, max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         require_memory(self.layout, max_num_seqs, max_tokens, device)
@@ -147,6 +152,14 @@ class Runtime:
         self.ops = self._make_ops(self._state)
         self.reporter = Reporter(self._state, self.ops)
         self._storage_ptr = storage.data_ptr()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """vLLM hands its cache over when it warms up itself: afterwards no step waits for what its
+        first use compiles, loads or allocates."""
+        self.ops.warm_up(self._dtype, self.projection)
+        self.reporter.warm_up()
+        apply_updates(self.state, NULL_STEP)
 
 
 def find_layer(layers: Mapping[str, Any]) -> Any:

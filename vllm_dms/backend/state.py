@@ -67,6 +67,11 @@ class Batch:
     query_start: torch.Tensor  # int32 [num_reqs + 1]
     seq_lens: torch.Tensor  # int32 [num_reqs]: tokens stored before this step + query tokens
 
+    @property
+    def may_decode(self) -> bool:
+        """Whether there can be a request with one query token."""
+        return self.max_query_len == 1 or self.num_tokens < self.num_reqs * self.max_query_len
+
 
 def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device | str) -> Scratch:
     shape = (max_tokens, layout.num_kv_heads)

@@ -7,6 +7,7 @@ checker, not a way to serve.
 import torch
 
 from vllm_dms.backend.ops import report
+from vllm_dms.backend.projection import Attended, Projection, project, views
 from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.backend.torch_pages import read_slots
 from vllm_dms.backend.torch_store import (
@@ -32,8 +33,27 @@ class TorchOps:
         self.state, self.scratch = state, scratch
         self.config, self.scale = config, scale
 
+    def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
+        """Nothing is compiled."""
+
     def begin_step(self, batch: Batch) -> None:
         """Nothing to plan: requests take their turns."""
+
+    def store_projection(
+        self,
+        batch: Batch,
+        layer: int,
+        projection: Projection,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        alpha: torch.Tensor | None,
+        rotated: torch.Tensor,
+    ) -> Attended:
+        heads, dim = self.state.layout.num_kv_heads, self.state.layout.head_dim
+        out = views(qkv, rotated, heads, qkv.shape[1] // (heads * dim) - 2, dim)
+        project(projection, self.config, qkv, positions, alpha, out)
+        self.store(batch, layer, out.key, out.value, out.alpha)
+        return out
 
     def store(
         self,

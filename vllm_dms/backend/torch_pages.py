@@ -55,10 +55,11 @@ def write_slots(
 ) -> None:
     """Store key and value [N, D] in the slots [N] of the heads [N]."""
     where = locate_slots(state, s, layer, head, slot)
-    pages, encode = state.pages, state.layout.storage.encode
-    for x, values, scales in ((key, pages.k, pages.k_scales), (value, pages.v, pages.v_scales)):
-        for part, data in zip((values, scales), encode(x), strict=True):
-            as_bytes(part)[where] = as_bytes(data)
+    pages, storage = state.pages, state.layout.storage
+    encoded = (*storage.encode_key(key), *storage.encode(value))
+    parts = (pages.k, pages.k_scales, pages.v, pages.v_scales)
+    for part, data in zip(parts, encoded, strict=True):
+        as_bytes(part)[where] = as_bytes(data)
 
 
 def read_slots(
@@ -68,9 +69,12 @@ def read_slots(
     because what lies beyond a head's live slots may be another request's, or NaN."""
     heads = torch.arange(state.layout.num_kv_heads, device=slots.device).unsqueeze(1)
     where = locate_slots(state, s, layer, heads, slots)
-    pages, decode = state.pages, state.layout.storage.decode
+    pages, storage = state.pages, state.layout.storage
     out = []
-    for values, scales in ((pages.k, pages.k_scales), (pages.v, pages.v_scales)):
+    for values, scales, decode in (
+        (pages.k, pages.k_scales, storage.decode_key),
+        (pages.v, pages.v_scales, storage.decode),
+    ):
         x = decode(as_bytes(values)[where].view(values.dtype), scales[where])
         out.append(x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0))
     return out[0], out[1]

@@ -5,32 +5,37 @@ so every operation can be captured in a CUDA graph.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 
-from vllm_dms.backend.kernels.arguments import check, make_geometry, make_state_args
-from vllm_dms.backend.kernels.common import BatchArgs, Geometry
-from vllm_dms.backend.kernels.decode import decode_kernel, merge_kernel
+from vllm_dms.arena.report import REPORT_WIDTH
+from vllm_dms.backend.kernels.arguments import check
+from vllm_dms.backend.kernels.decode import decode_kernel
+from vllm_dms.backend.kernels.launch import Launcher, kind_of
+from vllm_dms.backend.kernels.merge import merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
-from vllm_dms.backend.kernels.report import launch_report
+from vllm_dms.backend.kernels.report import report_launcher
 from vllm_dms.backend.kernels.schedule import Schedule, schedule_kernel
-from vllm_dms.backend.kernels.store import (
-    store_copy_kernel,
-    store_plan_kernel,
-    store_token_kernel,
-    store_window_kernel,
-)
 from vllm_dms.backend.kernels.tuning import Tuning
+from vllm_dms.backend.projection import Projection, rotated_width, views
 from vllm_dms.backend.state import ArenaState, Batch, Scratch
+from vllm_dms.backend.triton_store import TritonStore
 from vllm_dms.config import DMSConfig
 
 LOG2_E = 1.0 / math.log(2.0)
 SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
-PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
+MIN_PARTS = 4  # of a row that the merge kernel reads at once
 
 
-class TritonOps:
+def merge_sizes(tuning: Tuning) -> list[int]:
+    """How many parts the merge kernel is made for."""
+    least = min(MIN_PARTS, tuning.merge_block)
+    return [n for n in (1 << i for i in range(12)) if least <= n <= tuning.merge_block]
+
+
+class TritonOps(TritonStore):
     """`ops.Ops` on a GPU."""
 
     def __init__(
@@ -45,33 +50,74 @@ class TritonOps:
     ) -> None:
         """``scale``: of the softmax; ``tuning``: that ``schedule`` was allocated with; ``overlap``:
         whether a kernel starts up while the one before it runs out (`arguments.can_overlap`)."""
-        layout = state.layout
-        assert layout.window > 0
-        self.state, self.scratch, self.schedule = state, scratch, schedule
-        self.tuning = tuning
-        self.device = state.live.device
-        self.heads = layout.num_kv_heads
-        self.head_dim = layout.head_dim
-        self.num_layers = layout.num_layers
-        self.group = schedule.partial_sum.shape[1]
-        self.max_tokens = scratch.evict.shape[0]
-        self.max_num_seqs = schedule.N // self.heads
-        self._bind(config, scale, overlap)
+        super().__init__(state, scratch, config, schedule, tuning, overlap)
+        self._report = report_launcher(state)
+        self._schedule = Launcher(
+            schedule_kernel, *self._bound, schedule, self._geo, tuning.decode_block, SCHEDULE_ROWS,
+            triton.next_power_of_2(schedule.PROGRAMS), schedule.N.bit_length() + 1,
+        )  # fmt: skip
+        self._bind_attention(scale * LOG2_E, overlap)
 
-    def _bind(self, config: DMSConfig, scale: float, overlap: bool) -> None:
-        """What every launch passes on, made once."""
-        sizes = make_geometry(self.state.layout, self.max_num_seqs, self.tuning)
-        self._state_args = make_state_args(self.state, sizes)
-        self._geo = Geometry(*map(triton.language.constexpr, sizes))
-        self._rule = (config.alpha_scale, config.alpha_offset, self._geo)
-        self._score_scale = scale * LOG2_E
-        self._switches = {
-            "SHIFT": config.shift, "EVICT": config.evict, "enable_fp_fusion": False,
-        }  # fmt: skip
-        self._scratch_args = (self.scratch.num_survivors, self.scratch.evict)
-        self._overlapping = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
-        self._batch: Batch | None = None
-        self._batch_args: BatchArgs
+    def _bind_attention(self, score_scale: float, overlap: bool) -> None:
+        geo, tuning, schedule, scratch = self._geo, self.tuning, self.schedule, self.scratch
+        options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+        pad = triton.next_power_of_2(self.group)
+        held = 32 * tuning.decode_warps * tuning.merge_registers // (pad * geo.D_PAD.value)
+        parts = min(max(held, 1), tuning.merge_block)
+
+        def prefill(rows: int, block: int) -> tuple[int, Launcher]:
+            rows = max(rows, pad)
+            return rows, Launcher(
+                prefill_kernel, *self._bound, scratch.num_survivors, scratch.evict, score_scale,
+                geo, self.group, rows, block, overlap,
+                num_warps=tuning.prefill_warps, num_stages=tuning.prefill_stages, **options,
+            )  # fmt: skip
+
+        rows, block = tuning.prefill_rows, tuning.prefill_block
+        # Without tensor cores larger tiles spill by the kilobyte.
+        self._prefill = {2: prefill(rows, block), 4: prefill(min(rows, 32), min(block, 32))}
+        self._decode, self._merge = {}, {}
+        for merges in (False, True):
+            self._decode[merges] = Launcher(
+                decode_kernel, self._bound[0], schedule, score_scale, geo, self.group, pad,
+                max(tuning.decode_rows, pad), tuning.decode_block, parts, merges, overlap,
+                num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
+                maxnreg=tuning.decode_registers, **options,
+            )  # fmt: skip
+        for parts in merge_sizes(tuning):
+            self._merge[parts] = Launcher(
+                merge_kernel, schedule, geo, self.group, parts, overlap,
+                num_warps=max(parts // 16, 1), **options,
+            )  # fmt: skip
+
+    def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
+        """Launch each kernel, for one layer of two batches of one request of the null state."""
+        for tokens in (2, 1):
+            int32 = {"dtype": torch.int32, "device": self.device}
+            start, length = torch.arange(2, **int32) * tokens, torch.full((1,), tokens, **int32)
+            batch = Batch(1, tokens, tokens, torch.zeros(1, 1, **int32), start, length)
+            kind = {"dtype": dtype, "device": self.device}
+            shape = (self.heads, self.group, self.head_dim)
+            qkv = torch.zeros(tokens, self.heads * (self.group + 2) * self.head_dim, **kind)
+            rotated = torch.zeros(tokens, rotated_width(*shape), **kind)
+            query, key, value, alpha = views(qkv, rotated, *shape)
+            output = torch.zeros_like(query)
+            self.begin_step(batch)
+            if projection is None:
+                self.store(batch, 0, key, value, alpha)
+            else:
+                given = alpha if self._config.adapter else None
+                positions = start[:tokens].long()
+                self.store_projection(batch, 0, projection, qkv, positions, given, rotated)
+            if tokens > 1:
+                self.prefill(batch, 0, query, key, value, output)
+                self.store_window(batch, 0, key, value)
+            self.decode(batch, 0, query, output)
+        q, o, head = kind_of(query), kind_of(output), (query, output, query.stride(0))
+        for decode in self._decode.values():
+            decode((self.schedule.PROGRAMS, 1), (q, o), *head, output.stride(0), 0)
+        for merge in self._merge.values():
+            merge((self.schedule.PROGRAMS, self.group), o, output, output.stride(0), 0)
 
     def begin_step(self, batch: Batch) -> None:
         """Share out the work of `decode` in all layers."""
@@ -81,47 +127,14 @@ class TritonOps:
                 f"scratch's {self.max_num_seqs} and {self.max_tokens}"
             )
         self._batch = batch
-        self._batch_args = BatchArgs(
-            block_table=batch.block_table,
-            block_table_stride=batch.block_table.stride(0),
-            query_start=batch.query_start,
-            seq_lens=batch.seq_lens,
-        )
-        schedule_kernel[(self.num_layers,)](
-            self._state_args, self._batch_args, self.schedule, batch.num_reqs, self._geo,
-            BLOCK_N=self.tuning.decode_block, BLOCK_ROWS=SCHEDULE_ROWS,
-            PROGRAMS_PAD=triton.next_power_of_2(self.schedule.PROGRAMS),
-            STEPS=self.schedule.N.bit_length() + 1,
-        )  # fmt: skip
-
-    def store(
-        self,
-        batch: Batch,
-        layer: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        alpha: torch.Tensor,
-    ) -> None:
-        self._check_step(batch)
-        self._check_heads("key", key, self.heads)
-        self._check_heads("value", value, self.heads)
-        check("alpha's heads", alpha.shape[1], self.heads)
-        state, batch_args, scratch = self._state_args, self._batch_args, self._scratch_args
-        store_token_kernel[(batch.num_reqs,)](
-            key, value, alpha, key.stride(0), value.stride(0), *alpha.stride(),
-            state, batch_args, layer, *self._rule, H_PAD=triton.next_power_of_2(self.heads),
-            **self._switches, **self._overlapping,
-        )  # fmt: skip
-        if batch.max_query_len == 1:
-            return
-        store_plan_kernel[(batch.num_reqs, self.heads)](
-            alpha, *alpha.stride(), state, batch_args, *scratch, layer, *self._rule,
-            BLOCK=PLAN_TOKENS, **self._switches,
-        )  # fmt: skip
-        block = self.tuning.copy_block
-        store_copy_kernel[self._flat_grid(batch, block)](
-            key, value, key.stride(0), value.stride(0), state, batch_args, *scratch,
-            batch.num_reqs, layer, self._geo, BLOCK=block, enable_fp_fusion=False,
+        programs, rows = self.schedule.PROGRAMS, batch.num_reqs * self.heads
+        self._decode_merges = programs <= self.tuning.merge_cuts * rows
+        # Twice the parts of a row of average length: rows of few requests are cut into many.
+        parts = min(triton.next_power_of_2(2 * programs // rows), self.tuning.merge_block)
+        self._merge_of_batch = self._merge[max(parts, min(self._merge))]
+        self._schedule(
+            (self.state.layout.num_layers, 1), None, batch.block_table,
+            batch.block_table.stride(0), batch.query_start, batch.seq_lens, batch.num_reqs,
         )  # fmt: skip
 
     def prefill(
@@ -134,67 +147,27 @@ class TritonOps:
         output: torch.Tensor,
     ) -> None:
         self._check_step(batch)
-        self._check_heads("query", query, self.heads * self.group)
-        self._check_heads("output", output, self.heads * self.group)
-        self._check_heads("key", key, self.heads)
-        self._check_heads("value", value, self.heads)
-        tuning = self.tuning
-        rows, block = tuning.prefill_rows, tuning.prefill_block
-        if query.element_size() == 4:  # no tensor cores: larger tiles spill by the kilobyte
-            rows, block = min(rows, 32), min(block, 32)
-        rows = max(rows, triton.next_power_of_2(self.group))
-        prefill_kernel[self._flat_grid(batch, rows // self.group)](
-            query, key, value, output,
-            query.stride(0), key.stride(0), value.stride(0), output.stride(0),
-            self._state_args, self._batch_args, *self._scratch_args,
-            batch.num_reqs, layer, self._score_scale, self._geo,
-            G=self.group, BLOCK_M=rows, BLOCK_N=block,
-            num_warps=tuning.prefill_warps, num_stages=tuning.prefill_stages,
-        )  # fmt: skip
-
-    def store_window(
-        self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        self._check_step(batch)
-        block = self.tuning.copy_block
-        store_window_kernel[self._flat_grid(batch, block)](
-            key, value, key.stride(0), value.stride(0), self._state_args, self._batch_args,
-            self.scratch.evict, batch.num_reqs, layer, self._geo,
-            BLOCK=block, enable_fp_fusion=False,
+        num_heads = self.heads * self.group
+        q, o = self._kind("query", query, num_heads), self._kind("output", output, num_heads)
+        k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
+        rows, launch = self._prefill[4 if query.element_size() == 4 else 2]
+        launch(
+            self._flat_grid(batch, rows // self.group), (q, k, v, o), query, key, value, output,
+            q[0], k[0], v[0], o[0], batch.num_reqs, layer,
         )  # fmt: skip
 
     def decode(self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
         self._check_step(batch)
-        self._check_heads("query", query, self.heads * self.group)
-        self._check_heads("output", output, self.heads * self.group)
-        tuning, schedule = self.tuning, self.schedule
-        pad = triton.next_power_of_2(self.group)
-        # Twice the parts of a row of average length: rows of few requests are cut into many.
-        parts = triton.next_power_of_2(2 * schedule.PROGRAMS // (batch.num_reqs * self.heads))
-        parts = min(max(parts, 4), tuning.merge_block)
-        decode_kernel[(schedule.PROGRAMS,)](
-            query, output, query.stride(0), output.stride(0), self._state_args, schedule,
-            layer, self._score_scale, self._geo, G=self.group,
-            BLOCK_M=max(tuning.decode_rows, pad), BLOCK_N=tuning.decode_block,
-            num_warps=tuning.decode_warps, num_stages=tuning.decode_stages, **self._overlapping,
-        )  # fmt: skip
-        merge_kernel[(schedule.PROGRAMS, self.group)](
-            output, output.stride(0), schedule, layer, self._geo, G=self.group,
-            BLOCK=parts, num_warps=max(parts // 16, 1), **self._overlapping,
-        )  # fmt: skip
+        num_heads = self.heads * self.group
+        q, o = self._kind("query", query, num_heads), self._kind("output", output, num_heads)
+        programs = self.schedule.PROGRAMS
+        merges = self._decode_merges
+        self._decode[merges]((programs, 1), (q, o), query, output, q[0], o[0], layer)
+        if not merges:
+            self._merge_of_batch((programs, self.group), o, output, o[0], layer)
 
     def report(self, out: torch.Tensor) -> None:
-        launch_report(self.state, out)
-
-    def _check_step(self, batch: Batch) -> None:
-        assert batch is self._batch, "begin_step of this batch comes first"
-
-    def _check_heads(self, name: str, x: torch.Tensor, heads: int) -> None:
-        """[T, heads, D] whose heads lie side by side."""
-        check(f"shape of {name}", tuple(x.shape[1:]), (heads, self.head_dim))
-        check(f"strides of {name}'s heads", x.stride()[1:], (self.head_dim, 1))
-        check(f"device of {name}", x.device.type, self.device.type)
-
-    def _flat_grid(self, batch: Batch, block: int) -> tuple[int, int]:
-        """Blocks of tokens as `find_request` counts them, times heads."""
-        return batch.num_tokens // block + batch.num_reqs, self.heads
+        if out.shape != (self.state.num_states, REPORT_WIDTH) or not out.is_contiguous():
+            check("shape of the report", out.shape, (self.state.num_states, REPORT_WIDTH))
+            check("strides of the report", out.stride(), (REPORT_WIDTH, 1))
+        self._report((self.state.num_states, 1), kind_of(out), out)

@@ -13,6 +13,15 @@ from vllm_dms.backend.state import ArenaState
 
 # More than the steps that can be in flight, so that a buffer's copy is long done when it is reused.
 NUM_BUFFERS = 8
+# A step that starts the null state with block 0 and reports nobody: as if it had not been.
+NULL_STEP = DMSStepMeta(
+    step_id=-1,
+    states=np.zeros(0, np.int32),
+    row_updates=np.zeros((1, 3), np.int32),
+    starts=np.zeros((1, 2), np.int32),
+    fail_blocks=frozenset(),
+    fail_requests=frozenset(),
+)
 
 
 def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:
@@ -57,6 +66,12 @@ class Reporter:
         self._buffers = make_buffers(shape, device)
         self._reports: list[DMSReport | None] = [None] * len(self._buffers)
         self._next = 0
+
+    def warm_up(self) -> None:
+        self._ops.report(self._on_device)
+        for host, event in self._buffers:
+            host.copy_(self._on_device, non_blocking=True)
+            event.record()
 
     def report(self, meta: DMSStepMeta) -> DMSReport:
         """Must follow the step's forward pass on the stream."""

@@ -27,6 +27,7 @@ class DMSSelfAttention(nn.Module):
 
     dms_source: BorrowedChannel | AlphaAdapter
     dms_qk_norm: bool
+    dms_fused: bool
 
     def forward(
         self, positions: torch.Tensor, hidden_states: tuple[torch.Tensor, torch.Tensor]
@@ -34,6 +35,10 @@ class DMSSelfAttention(nn.Module):
         """``hidden_states`` after and before `input_layernorm`, each [T, hidden]."""
         normed, stream = hidden_states
         qkv, _ = self.qkv_proj(normed)
+        if self.dms_fused:
+            alpha = self.dms_source.given(stream)
+            output, _ = self.o_proj(self.attn.of_projection(qkv, positions, alpha))
+            return output
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.dms_qk_norm:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(1)

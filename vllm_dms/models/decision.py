@@ -47,6 +47,10 @@ class BorrowedChannel(nn.Module):
         borrowed[:: self.group, -1] = True
         self.register_buffer("borrowed", borrowed.flatten(), persistent=False)
 
+    def given(self, stream: torch.Tensor) -> torch.Tensor | None:
+        """alpha, if it is not in the query."""
+        return None
+
     def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha [T, H], query to rotate) of the query [T, H * G * D] after its norm."""
         alpha = query.unflatten(-1, (self.num_heads, -1))[:, :: self.group, -1]
@@ -109,7 +113,7 @@ class AlphaAdapter:
         eps: float,
         per_layer: bool,
     ) -> None:
-        # None of vLLM's linear layers: nothing quantizes it, and a LoRA on it is refused.
+        # None of vLLM's linear layers: those are quantized with the base, and take LoRA.
         self.proj = nn.Linear(hidden_size, total_kv_heads).requires_grad_(False)
         self.norm = RMSNorm(hidden_size, eps=eps)
         self.num_kv_heads = num_kv_heads
@@ -120,8 +124,8 @@ class AlphaAdapter:
         # One launch instead of several for the few tokens of a decode step.
         self.fused = self.proj.weight.device.type == "cuda"
 
-    def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha [T, H], query) of the residual stream [T, hidden] and of the query."""
+    def given(self, stream: torch.Tensor) -> torch.Tensor:
+        """alpha [T, H] of the residual stream [T, hidden]."""
         if self.fused:
             alpha = torch.ops.vllm_dms.alpha(
                 stream,
@@ -136,7 +140,11 @@ class AlphaAdapter:
             alpha = alpha[:, :1].expand(-1, self.num_kv_heads)
         else:
             alpha = alpha[:, self.first_head : self.first_head + self.num_kv_heads]
-        return alpha.contiguous(), query
+        return alpha.contiguous()
+
+    def read(self, stream: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha [T, H], query) of the residual stream [T, hidden] and of the query."""
+        return self.given(stream), query
 
     def rotated(self, query: torch.Tensor) -> torch.Tensor:
         return query  # nothing of it was borrowed

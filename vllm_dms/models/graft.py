@@ -9,17 +9,23 @@ import functools
 import importlib
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_dms.backend.attention import DMSAttention
+from vllm_dms.backend.projection import Projection
+from vllm_dms.backend.runtime import choose_ops
 from vllm_dms.config import DMSConfig
 from vllm_dms.models.attention import DMSSelfAttention, StreamNorm
 from vllm_dms.models.decision import AlphaAdapter, BorrowedChannel, check_rounding, dms_config
 from vllm_dms.models.families import Family
+from vllm_dms.models.lora import refusing_q_proj
 from vllm_dms.models.weights import DMSWeights
 
 
@@ -31,11 +37,15 @@ def model_class(family: Family) -> type[nn.Module]:
 
 
 class DMSModel(DMSWeights, nn.Module):
+    packed_modules_mapping: dict[str, list[str]]
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = dms_config(vllm_config)
         self.expect_dms_weights(vllm_config, config)
         if config is not None:
+            if vllm_config.lora_config and not config.adapter:
+                self.packed_modules_mapping = refusing_q_proj(self.packed_modules_mapping)
             for layer in self.model.layers:
                 if not isinstance(layer, PPMissingLayer):
                     graft_layer(layer, vllm_config, config)
@@ -57,6 +67,10 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
         prefix=name,
     )
     attention.dms_qk_norm = hasattr(attention, "q_norm")
+    device = torch.device(vllm_config.device_config.device_type)
+    attention.dms_fused = choose_ops(config, device) == "triton" and is_plain(attention)
+    if attention.dms_fused:
+        attention.attn.project_by(projection_of(attention))
     if config.adapter:
         attention.dms_source = adapter = AlphaAdapter(
             attention.total_num_kv_heads,
@@ -74,6 +88,28 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
         )
     attention.__class__ = grafted(DMSSelfAttention, attention.__class__)
     layer.input_layernorm.__class__ = grafted(StreamNorm, layer.input_layernorm.__class__)
+
+
+def is_plain(attention: Any) -> bool:
+    """Whether norms and rotation are as in `backend.projection`."""
+    rotary = attention.rotary_emb
+    # Scaled or not, it is in the cache. A class with another forward rotates otherwise.
+    forwards = ("forward_native", "forward_cuda", "forward_static")
+    own = [getattr(type(rotary), name, None) for name in forwards]
+    norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if attention.dms_qk_norm]
+    return (
+        own == [getattr(RotaryEmbedding, name) for name in forwards]
+        and rotary.is_neox_style
+        and rotary.rotary_dim == attention.head_dim
+        and all(type(norm) is RMSNorm and norm.variance_size_override is None for norm in norms)
+    )
+
+
+def projection_of(attention: Any) -> Projection:
+    if not attention.dms_qk_norm:
+        return Projection(None, None, 0.0, attention.rotary_emb)
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    return Projection(q_norm.weight, k_norm.weight, q_norm.variance_epsilon, attention.rotary_emb)
 
 
 @functools.cache

@@ -4,18 +4,21 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
 from . import checkpoint, data
 from .arguments import build_parser
+from .calibrate import check_live
 from .card import card
 from .determinism import deterministic
 from .evaluation import arm_line
-from .plot import plot_log
+from .plot import plot_evaluation, plot_log
 from .processes import Processes, joined
 from .recipe import Recipe
+from .sharding import check_shard, held
+from .tracking import Tracker, tracking
 from .trainer import LOG, STATE, Trainer
 
 OK, MISSED, STOPPED = 0, 1, 130
@@ -42,48 +45,99 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     """The whole command; -> its exit code."""
     started = time.monotonic()
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    wide = recipe.train == "all" or device.type == "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if wide else "bfloat16"))
-    if recipe.train == "all" and dtype != torch.float32:
-        raise ValueError(
-            "--train all needs --dtype float32: bfloat16 weights swallow small updates."
-        )
+    processes = replace(processes, shard=args.shard)
+    dtype = check(args, recipe, processes, device)
     work = args.out / "training"
     if args.resume and not (work / STATE).is_file():
         if (work / SUMMARY).is_file():
             processes.say(f"{args.out} is finished: nothing to resume")
             return OK
         processes.say(f"{work / STATE} is not there: starting at step 0")
+    with tracking(args.report_to, work, recipe, processes.main) as tracker:
+        train_rows, eval_rows = load_data(args, recipe)
+        trainer = make_trainer(args, recipe, train_rows, dtype, processes, device)
+        # What has passed counts, and so does what comes after the last step.
+        minutes = max(args.max_minutes - (time.monotonic() - started) / 60, 1e-9)
+        after, often = eval_rows.numel(), (args.log_every, args.save_minutes)
+        if not trainer.run(minutes, *often, tokens_after=after, tracker=tracker):
+            processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
+            return STOPPED
+        return conclude(args, trainer, eval_rows, tracker)
+
+
+def check(
+    args: argparse.Namespace, recipe: Recipe, processes: Processes, device: torch.device
+) -> torch.dtype:
+    """Refuses what does not go together, before anything slow; -> dtype of the frozen weights"""
+    wide = recipe.train == "all" or device.type == "cpu"
+    dtype = getattr(torch, args.dtype or ("float32" if wide else "bfloat16"))
+    if recipe.train == "all" and dtype != torch.float32:
+        raise ValueError(
+            "--train all needs --dtype float32: bfloat16 weights swallow small updates."
+        )
     checkpoint.check_dense(args.model, recipe.length)
-    train_rows, eval_rows = load_data(args, recipe)
-    model = checkpoint.load_dense(args.model, dtype, recipe.length).to(device)
+    if processes.shard:
+        check_shard(processes, recipe, merged(args, recipe))
+    if args.live:
+        check_live(args.live, recipe.window, recipe.length)
+    return dtype
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    processes: Processes,
+    device: torch.device,
+) -> Trainer:
+    """At step 0, or where --resume finds it."""
+    model = checkpoint.load_dense(args.model, dtype, recipe.length)
+    model = model if processes.shard else model.to(device)
+    work = args.out / "training"
     trainer = Trainer(
-        model, train_rows, recipe, work, recompute=args.recompute, processes=processes
+        model,
+        rows,
+        recipe,
+        work,
+        recompute=args.recompute,
+        processes=processes,
+        init=args.init,
+        device=device,
     )
     processes.say(description(trainer, dtype))
     if args.resume and (work / STATE).is_file():
         trainer.resume()
         processes.say(f"resumed at step {trainer.step}")
-    # What has passed counts, and so does what comes after the last step.
-    minutes = max(args.max_minutes - (time.monotonic() - started) / 60, 1e-9)
-    after = eval_rows.numel()
-    if not trainer.run(minutes, args.log_every, args.save_minutes, tokens_after=after):
-        processes.say(f"stopped at step {trainer.step}: --resume goes on from {work / STATE}")
-        return STOPPED
+    return trainer
+
+
+def conclude(
+    args: argparse.Namespace, trainer: Trainer, eval_rows: torch.Tensor, tracker: Tracker
+) -> int:
+    """Threshold, evaluation and files; -> exit code"""
+    processes, recipe = trainer.processes, trainer.recipe
+    if not processes.main and not processes.shard:  # a shard's weights are asked for until the end
+        return OK
+    if args.live:
+        trainer.calibrate(args.live)
+        processes.say(f"alpha_offset {recipe.alpha_offset:g} -> {trainer.dms.alpha_offset:g}")
+    result = trainer.evaluate(eval_rows)
     if not processes.main:
         return OK
-    result = trainer.evaluate(eval_rows)
+    tracker.log(result, trainer.step, "evaluation/")
     write_result(args, trainer, result)
-    (work / STATE).unlink()
+    (trainer.work / STATE).unlink()
     print(f"wrote {args.out}")
-    return report(recipe, result)
+    return report(recipe, result, args.live)
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """-> rows to train on, rows to judge by"""
     from transformers import AutoTokenizer
 
-    data.check_source(args.data)
+    for source in args.data:
+        data.check_source(source)
     if args.eval_data:
         data.check_source(args.eval_data, "--eval-data")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -110,7 +164,8 @@ def description(trainer: Trainer, dtype: torch.dtype) -> str:
         f"{trainer.recompute} of {layers} layers recomputed\n"
         f"{len(trainer.rows)} rows of {recipe.length} tokens, "
         f"{recipe.steps * recipe.batch / len(trainer.rows):.2f} epochs in {recipe.steps} steps\n"
-        f"{trained} trained parameters in {len(trainer.trained)} tensors"
+        f"{trained} trained parameters in {len(trainer.trained)} tensors; "
+        f"{held(trainer.model)} parameters held"
     )
 
 
@@ -121,26 +176,26 @@ def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> No
         checkpoint.save_merged(model, trainer.dms, recipe.tau, args.model, args.out, save_dtype)
     else:
         base = args.base_name or str(args.model.resolve())
-        readme = card(base, recipe, args.data, trainer.step, result)
+        readme = card(base, recipe, args.data, trainer.step, result, args.init)
         checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype, readme)
-    if not plot_log(work / LOG, work / "curves.png"):
-        print("no plot: matplotlib is not installed")
+    drawn = plot_log(work / LOG, work / "curves.png")
+    if not plot_evaluation({"reached": result}, args.out / "evaluation.png") or not drawn:
+        print("no plots: matplotlib is not installed")
     summary = {
         "recipe": recipe.to_dict(),
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
+        "alpha_offset": trainer.dms.alpha_offset,
         "evaluation": result,
     }
     (work / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def report(recipe: Recipe, result: dict) -> int:
+def report(recipe: Recipe, result: dict, live: float | None = None) -> int:
     """Says what was asked and what was reached; -> exit code."""
-    asked, reached = recipe.live_ratio(result["length"]), result["live_compression"]
-    print(
-        f"asked     ratio {recipe.ratio:g} outside a window of {recipe.window}: {asked:.2f}x live "
-        f"at {result['length']} tokens"
-    )
+    asked, reached = live or recipe.live_ratio(result["length"]), result["live_compression"]
+    what = "--live" if live else f"ratio {recipe.ratio:g} outside a window of {recipe.window}"
+    print(f"asked     {what}: {asked:.2f}x live at {result['length']} tokens")
     print(arm_line("reached", result))
     # Not <: a NaN must fail.
     if reached >= SLACK * asked and result["kl_mean"] < float("inf"):

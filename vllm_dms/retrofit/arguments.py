@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .recipe import Recipe
+from .tracking import TRACKERS
 
 HELP = {
     "ratio": "final compression target",
@@ -17,9 +18,12 @@ HELP = {
     "micro_batch": "rows a forward",
     "length": "tokens a row",
     "lr": "learning rate; below about 1B parameters 2e-4 to 5e-4 work, and less evicts nothing",
+    "start_ratio": "compression target of the first step: with --init that of its training",
     "ramp": "share of the run in which the target rises",
     "penalty": "weight of the share that should have been evicted and was not",
     "tau": "temperature of the gate",
+    "bound": "decision logits are cut to this size while training, so that no head is lost to one "
+    "side for good; 6 works, 0: none",
     "alpha_scale": "scale of the decision logit",
     "alpha_offset": "offset of the decision logit",
     "seed": "of batches and noise",
@@ -47,8 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         required=True,
+        action="append",
         help='.jsonl, .json or .parquet of records with "text" or "messages", plain text, or the '
-        "name of a Hugging Face dataset, which is streamed",
+        "name of a Hugging Face dataset, which is streamed; several times: equal parts of each",
     )
     parser.add_argument(
         "--eval-data", help="as --data, for the final evaluation (default: the end of --data)"
@@ -80,6 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
         "borrowed or --train all)",
     )
     parser.add_argument(
+        "--init", metavar="ADAPTER", type=Path, help="adapter whose decisions training starts from"
+    )
+    parser.add_argument(
+        "--live",
+        type=float,
+        metavar="RATIO",
+        help="after training, shift alpha_offset until training rows reach this live ratio at "
+        "--length tokens (default: leave it)",
+    )
+    parser.add_argument(
         "--base-name",
         metavar="NAME",
         help="how the adapter names its base, such as Qwen/Qwen3-8B (default: MODEL's path)",
@@ -91,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LAYERS",
         help="layers that keep little and compute the rest again for the gradients: less memory "
         "(default: as many as this GPU needs)",
+    )
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun, each GPU holds only its share of the layers' weights (FSDP2): for a "
+        "base that does not fit one",
     )
     parser.add_argument(
         "--deterministic",
@@ -106,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=float("inf"),
         help="finish within this time: schedules follow the clock where it runs ahead of the "
         "steps, so the result depends on it",
+    )
+    parser.add_argument(
+        "--report-to",
+        choices=TRACKERS,
+        default="none",
+        help="a tracker beside OUT/training/log.jsonl, through the package accelerate",
     )
     parser.add_argument("--log-every", type=int, default=10, help="steps between log records")
     parser.add_argument(

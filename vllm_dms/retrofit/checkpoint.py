@@ -163,6 +163,21 @@ def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.P
     return trained
 
 
+def start_from(path: Path, model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+    """The decisions of the adapter in `path` into the model's own."""
+    adapter = read_adapter(path)
+    check_against_base(adapter, model.config)
+    absent = sorted(set(adapter.tensors) ^ {name for name in trained if "dms_" in name})
+    if absent:
+        raise ValueError(
+            f"--init {path} and --dialect differ in {len(absent)} tensors, first {absent[0]}: an "
+            "adapter goes on as an adapter."
+        )
+    with torch.no_grad():
+        for name, value in adapter.tensors.items():
+            trained[name].copy_(value)
+
+
 def save_adapter(
     model: nn.Module,
     dms: DMSConfig,

@@ -137,13 +137,29 @@ def pack(
     return torch.from_numpy(np.concatenate(rows)[:most])
 
 
+def mixed(sources: list[Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Always from the source of which the fewest tokens have come, to the end of all."""
+    taken = dict.fromkeys(range(len(sources)), 0)
+    while taken:
+        least = min(taken, key=lambda n: taken[n])
+        ids = next(sources[least], None)
+        if ids is None:
+            del taken[least]
+            continue
+        taken[least] += len(ids)
+        yield ids
+
+
 def load_rows(
-    source: str | Path, tokenizer, length: int, most: int, split: str = "train"
+    source: str | Path | Sequence[str], tokenizer, length: int, most: int, split: str = "train"
 ) -> torch.Tensor:
-    """int32 (rows, length). most: rows that are read of a stream; a file is read to its end."""
+    """int32 (rows, length) of a source, or of several in equal parts. most: rows that are read if
+    one is a stream; files are read to their end."""
+    names = [source] if isinstance(source, str | Path) else list(source)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    documents = tokenize(read_texts(source, tokenizer, split), tokenizer)
-    return pack(documents, length, eos, None if Path(source).is_file() else most)
+    documents = [tokenize(read_texts(name, tokenizer, split), tokenizer) for name in names]
+    files = all(Path(name).is_file() for name in names)
+    return pack(mixed(documents), length, eos, None if files else most)
 
 
 def batch(rows: torch.Tensor, step: int, size: int, seed: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .determinism import deterministic
 from .forward import forward
 from .gates import Gate, hard, keep_all
 from .losses import TOKEN_CHUNK, live_compression, live_tokens
+from .plot import plot_evaluation
 
 # ids (B, T) -> hidden states (B, T, hidden)
 Teacher = Callable[[torch.Tensor], torch.Tensor]
@@ -105,6 +106,7 @@ class Evaluation:
                 n: {
                     "live_compression": live_compression(evict[..., :n], window, shift),
                     "kl_mean": kl[:, first:n].mean().item(),
+                    "top1_agreement": same[:, first:n].float().mean().item(),
                 }
                 for n in lengths(kl.shape[1], first)
             },
@@ -153,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, help="at most so many (default: all)")
     parser.add_argument("--controls", action="store_true", help="also the controls: twice the time")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--out", type=Path, help="JSON; a plot beside it")
     return parser
 
 
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         result = {"dtype": args.dtype, "torch": torch.__version__, "arms": arms}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+        plot_evaluation(arms, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from vllm_dms.config import DMSConfig
 from .attention import attention
 from .gates import Gate, keep_all
 from .rotary import norm_and_rotate, rms_norm, rotate
+from .sharding import call
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,18 @@ def forward(
 ) -> Output:
     """ids (B, T) through a Qwen3ForCausalLM or LlamaForCausalLM; dms None: the dense model;
     recompute: how many layers, the first ones, compute again what they don't keep."""
-    x = model.model.embed_tokens(ids)
+    return Output(*call(model.model, decoder, ids, dms, gate, recompute))
+
+
+def decoder(
+    inner: nn.Module, ids: torch.Tensor, dms: DMSConfig | None, gate: Gate, recompute: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = inner.embed_tokens(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    cos, sin = model.model.rotary_emb(x, positions)
+    cos, sin = inner.rotary_emb(x, positions)
     evicts = []
-    for index, layer in enumerate(model.model.layers):
-        x, evict = decoder_layer(layer, index, x, cos, sin, dms, gate, index < recompute)
+    for index, layer in enumerate(inner.layers):
+        args = (index, x, cos, sin, dms, gate, index < recompute)
+        x, evict = call(layer, decoder_layer, *args)
         evicts.append(evict)
-    return Output(rms_norm(x, model.model.norm), torch.stack(evicts))
+    return rms_norm(x, inner.norm), torch.stack(evicts)

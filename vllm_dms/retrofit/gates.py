@@ -29,18 +29,40 @@ def _log_keep(evict: torch.Tensor) -> torch.Tensor:
     return torch.zeros(evict.shape, device=evict.device).masked_fill(evict, -torch.inf)
 
 
+class Bounded(torch.autograd.Function):
+    """Cut to [-bound, bound]; of what is outside, descent may go on inwards only."""
+
+    @staticmethod
+    def forward(ctx, logits, bound):
+        ctx.save_for_backward(logits)
+        ctx.bound = bound
+        return logits.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (logits,) = ctx.saved_tensors
+        outwards = (logits.abs() > ctx.bound) & (upstream * logits < 0)
+        return upstream.masked_fill(outwards, 0.0), None
+
+
 @dataclass(frozen=True)
 class GumbelSigmoid:
     """The training gate: soft in attention, hard with a straight-through gradient in the share
     evicted.
 
     The noise is a pure function of (seed, layer): a recomputed forward draws the same.
+
+    bound: logits are cut to [-bound, bound], so that noise still tries the other decision now and
+    then. Without (0) a head that early steps push far to one side gets no gradient ever again.
     """
 
     tau: float
     seed: int
+    bound: float = 0.0
 
     def __call__(self, logits: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.bound:
+            logits = Bounded.apply(logits, self.bound)
         generator = torch.Generator(logits.device).manual_seed(1000 * self.seed + layer)
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
         # The difference of two Gumbel variables is logistic.

@@ -1,7 +1,8 @@
 """Several processes, started by torchrun, that share the rows of every step.
 
-Each holds the whole model and takes every so many of a step's forwards; gradients are added up, so
-every process takes the same step, which is one process's up to the rounding of that sum.
+Each holds the whole model, or a share of it (sharding), and takes every so many of a step's
+forwards; gradients are added up, so every process takes the same step, which is one process's up to
+the rounding of that sum.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ import torch.distributed as dist
 class Processes:
     rank: int = 0
     size: int = 1
+    shard: bool = False
 
     @property
     def main(self) -> bool:

@@ -18,9 +18,11 @@ class Recipe:
     micro_batch: int = 1  # rows a forward
     length: int = 4096  # tokens a row
     lr: float = 3e-5
+    start_ratio: float = 1.0  # where the target begins: that of --init, if one is given
     ramp: float = 0.9  # share of the run after which the final ratio is asked for
     penalty: float = 1.0  # weight of the share of tokens that should have been evicted and were not
     tau: float = 0.1
+    bound: float = 0.0  # of logits while training; 0: none
     alpha_scale: float = 100.0
     alpha_offset: float = 5.0
     seed: int = 0
@@ -28,6 +30,7 @@ class Recipe:
     def __post_init__(self) -> None:
         checks = {
             "ratio": (self.ratio >= 1, "at least 1"),
+            "start_ratio": (1 <= self.start_ratio <= self.ratio, "in [1, ratio]"),
             "window": (self.window >= 1, "at least 1 token"),
             "dialect": (self.dialect in ("adapter", "borrowed"), "adapter or borrowed"),
             "train": (self.train in ("decisions", "all"), "decisions or all"),
@@ -45,6 +48,7 @@ class Recipe:
             "ramp": (0 < self.ramp <= 1, "in (0, 1]"),
             "penalty": (self.penalty > 0, "above 0"),
             "tau": (self.tau > 0, "above 0"),
+            "bound": (self.bound >= 0, "above 0, or 0 for none"),
         }
         for name, (valid, requirement) in checks.items():
             if not valid:
@@ -69,8 +73,8 @@ class Recipe:
         return tokens / (recent + (tokens - recent) / self.ratio)
 
     def target_ratio(self, progress: float) -> float:
-        """Linear from 1 to the final ratio over the ramp."""
-        return 1 + (self.ratio - 1) * min(progress / self.ramp, 1.0)
+        """Linear from where it starts to the final ratio over the ramp."""
+        return self.start_ratio + (self.ratio - self.start_ratio) * min(progress / self.ramp, 1.0)
 
     def target_share(self, progress: float) -> float:
         """The share of tokens to evict."""

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from . import data
-from .checkpoint import prepare
+from .calibrate import calibrate
+from .checkpoint import prepare, start_from
 from .evaluation import Evaluation
 from .forward import forward
 from .gates import GumbelSigmoid
@@ -19,8 +20,11 @@ from .memory import layers_to_recompute
 from .processes import Processes
 from .progress import Progress, asked_to_stop
 from .recipe import Recipe
+from .sharding import shard
+from .tracking import Tracker
 
 STATE, LOG = "state.pt", "log.jsonl"
+CALIBRATION_ROWS = 32
 
 
 class Trainer:
@@ -36,7 +40,11 @@ class Trainer:
         *,
         recompute: int | None = None,
         processes: Processes | None = None,
+        init: Path | None = None,
+        device: torch.device | None = None,
     ):
+        """init: an adapter whose decisions are the first ones; device: where shares of a model that
+        is whole on the CPU go, if they are to be shared (processes.shard)."""
         self.processes = processes or Processes()
         num_micro = recipe.batch // recipe.micro_batch
         if num_micro % self.processes.size:
@@ -51,6 +59,10 @@ class Trainer:
         shared = recipe.train == "decisions" and recipe.dialect == "adapter"
         self.teacher = model if shared else copy.deepcopy(model).requires_grad_(False)
         self.trained = prepare(model, self.dms, recipe.train == "all")
+        if init:
+            start_from(init, model, self.trained)
+        if self.processes.shard:
+            shard(model, self.trained.values(), device or model.device, self.processes.size)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -103,6 +115,7 @@ class Trainer:
         save_minutes: float = 5.0,
         stop_after: int | None = None,
         tokens_after: int = 0,
+        tracker: Tracker | None = None,
     ) -> bool:
         """Trains to the last step, or `max_minutes` long: schedules are squeezed into that. Time is
         left for `tokens_after` more tokens at the speed of training.
@@ -132,6 +145,8 @@ class Trainer:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     progress.show(record)
+                    if tracker:
+                        tracker.log(record, self.step)
                 self.step += 1
                 if main and time.monotonic() - saved > 60 * save_minutes:
                     self.save_state()
@@ -156,7 +171,7 @@ class Trainer:
         total = 0.0
         for index, ids in self.processes.share(parts):
             seed = (recipe.seed * 1_000_003 + self.step) * 64 + index
-            kl, evict = self.student_loss(ids, GumbelSigmoid(recipe.tau, seed))
+            kl, evict = self.student_loss(ids, GumbelSigmoid(recipe.tau, seed, recipe.bound))
             shortfall = (recipe.target_share(progress) - evict.mean()).clamp_min(0)
             ((kl + recipe.penalty * shortfall) / len(parts)).backward()
             total = total + self.figures(kl.detach(), evict.detach()) / len(parts)
@@ -202,6 +217,12 @@ class Trainer:
             student = forward(self.model, ids, self.dms, gate, recompute=self.recompute)
             kl = forward_kl(student.hidden, teacher, self.model.lm_head, self.teacher.lm_head)
         return kl.mean(), student.evict
+
+    def calibrate(self, live: float) -> None:
+        """Shifts the threshold to where training rows reach the ratio `live`."""
+        self.dms = calibrate(
+            self.model, self.dms, self.rows[:CALIBRATION_ROWS], live, self.autocast
+        )
 
     def evaluate(self, rows: torch.Tensor) -> dict:
         """The decisions as they are served, on rows (N, T) not trained on."""

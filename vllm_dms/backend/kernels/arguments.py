@@ -5,7 +5,7 @@ import triton
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import SCALE_DTYPE
-from vllm_dms.backend.kernels.common import Geometry, StateArgs
+from vllm_dms.backend.kernels.common import Geometry, Requests, StateArgs
 from vllm_dms.backend.kernels.tuning import Tuning
 from vllm_dms.backend.state import ArenaState
 
@@ -47,7 +47,14 @@ def make_geometry(layout: ArenaLayout, max_num_seqs: int, tuning: Tuning) -> Geo
         WIDTH=storage.width(dim),
         PAGE=layout.page_bytes // storage.dtype.itemsize,
         SCALES=storage.num_scales,
+        SCALES_PAD=triton.next_power_of_2(storage.num_scales),
         PAGE_SCALES=layout.page_bytes // SCALE_DTYPE.itemsize,
+    )
+
+
+def make_requests(geo: Geometry, device: torch.device) -> Requests:
+    return Requests(
+        *torch.zeros(len(Requests._fields), geo.MAX_REQS, dtype=torch.int32, device=device)
     )
 
 
@@ -56,7 +63,7 @@ def make_state_args(state: ArenaState, geo: Geometry) -> StateArgs:
     check("strides of the values", pages.k.stride(), (geo.PAGE, geo.WIDTH, 1))
     if geo.SCALES:  # what is empty has no strides to speak of
         found = pages.k_scales.stride()[:2]
-        check("strides of the scales", found, (geo.PAGE_SCALES, 2 * geo.SCALES))
+        check("strides of the scales", found, (geo.PAGE_SCALES, geo.SCALES))
     distance = pages.v.storage_offset() - pages.k.storage_offset()
     check("offset of V in a page", distance, geo.P * geo.WIDTH)
     return StateArgs(

@@ -34,15 +34,16 @@ class Geometry(NamedTuple):
     STORAGE: Any  # `Storage.name`
     WIDTH: Any  # of a vector's values, in elements
     PAGE: Any  # of a page, in elements of its values
-    SCALES: Any  # of a vector
+    SCALES: Any  # of a slot
+    SCALES_PAD: Any  # SCALES rounded up to a power of two
     PAGE_SCALES: Any  # of a page, in elements of its scales
 
 
 class StateArgs(NamedTuple):
-    """Pointers of `ArenaState`. A page is K[P, WIDTH], V[P, WIDTH], scales[P, 2, SCALES]."""
+    """Pointers of `ArenaState`. A page is K[P, WIDTH], V[P, WIDTH], scales[P, SCALES]."""
 
     pages: Any  # K of page 0, in the storage's dtype
-    scales: Any  # of page 0, bfloat16
+    scales: Any  # of page 0, bfloat16 or what stands in its place
     state_of_block: Any
     block_rows: Any
     pages_used: Any
@@ -53,36 +54,33 @@ class StateArgs(NamedTuple):
     evict_ring: Any
 
 
-class BatchArgs(NamedTuple):
-    """Pointers of `Batch`."""
+class Requests(NamedTuple):
+    """Pointers to int32 [MAX_REQS] each: a step's requests, from `Batch` (`schedule_kernel`)."""
 
-    block_table: Any
-    block_table_stride: Any
-    query_start: Any
-    seq_lens: Any
+    start: Any  # first query token
+    tokens: Any  # query tokens, m
+    stored: Any  # tokens stored before, n
+    state: Any
 
 
 @triton.jit
-def load_request(state, batch, b):
+def load_request(requests, b):
     """Request ``b``: its first token, its query tokens m, tokens n stored before, its state."""
-    start = tl.load(batch.query_start + b)
-    m = tl.load(batch.query_start + b + 1) - start
-    n = tl.load(batch.seq_lens + b) - m
-    block = tl.load(batch.block_table + b.to(tl.int64) * batch.block_table_stride)
-    return start, m, n, tl.load(state.state_of_block + block)
+    start, m = tl.load(requests.start + b), tl.load(requests.tokens + b)
+    return start, m, tl.load(requests.stored + b), tl.load(requests.state + b)
 
 
 @triton.jit
-def find_request(batch, block, num_reqs, geo, BLOCK: tl.constexpr):
+def find_request(requests, block, num_reqs, geo, BLOCK: tl.constexpr):
     """The request that block ``block`` of a grid over tokens serves, and its first token there.
 
-    Request b owns the blocks from query_start[b] // BLOCK + b on: always enough for its tokens,
-    and num_tokens // BLOCK + num_reqs in all, which the host knows.
+    Request b owns the blocks from start[b] // BLOCK + b on: always enough for its tokens, and
+    num_tokens // BLOCK + num_reqs in all, which the host knows.
     """
     b = tl.arange(0, geo.MAX_REQS)
-    start = tl.load(batch.query_start + b, mask=b < num_reqs, other=1 << 30)
+    start = tl.load(requests.start + b, mask=b < num_reqs, other=1 << 30)
     found = tl.sum((start // BLOCK + b <= block).to(tl.int32), 0) - 1
-    start = tl.load(batch.query_start + found)
+    start = tl.load(requests.start + found)
     return found, (block - start // BLOCK - found) * BLOCK
 
 

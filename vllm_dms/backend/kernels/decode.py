@@ -1,7 +1,7 @@
 """Decode attention: one query token per request over all live slots of its rows, without a mask.
 
 Programs share the tiles of a layer as `Schedule` says. A row that ends up with several programs is
-put together from their partial results by a kernel of its own.
+put together from their partial results (`merge`).
 """
 
 import triton
@@ -14,9 +14,11 @@ from vllm_dms.backend.kernels.common import (
     wait_for_previous_kernel,
 )
 from vllm_dms.backend.kernels.decode_fp8 import attend_row_fp8
+from vllm_dms.backend.kernels.decode_int4 import attend_row_int4
+from vllm_dms.backend.kernels.merge import finish_row, head_offset, store_partial
 from vllm_dms.backend.kernels.page_table import tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import slot_offset
-from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS, partial_of
+from vllm_dms.backend.kernels.schedule import BEGIN_FIELDS
 
 
 @triton.jit
@@ -61,45 +63,29 @@ def attend_row(
     return tl.trans(acc), top, total
 
 
-@triton.jit
-def store_partial(schedule, p, begins, acc, top, total, geo, G: tl.constexpr, ROWS: tl.constexpr):
-    """Leave program p's part of a row that it ``begins`` or joins midway."""
-    i = partial_of(p, begins)
-    offs_g = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, geo.D_PAD)
-    mask = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
-    tl.store(schedule.partial_max + i * G + offs_g, top, mask=offs_g < G)
-    tl.store(schedule.partial_sum + i * G + offs_g, total, mask=offs_g < G)
-    offs = (i * G + offs_g)[:, None] * geo.D + offs_d[None, :]
-    tl.store(schedule.partial + offs, acc, mask=mask)
-
-
-@triton.jit
-def head_offset(token_head, stride, geo, G: tl.constexpr):
-    """Where the query heads of a row begin, in elements of query or output."""
-    token, h = (token_head // geo.H).to(tl.int64), token_head % geo.H
-    return token * stride + h * G * geo.D
-
-
 @triton.jit(do_not_specialize=["layer"])
 def decode_kernel(
     query_ptr,
     output_ptr,
     stride_query,
     stride_output,
+    layer,
     state,
     schedule,
-    layer,
     score_scale,
     geo,
     G: tl.constexpr,
+    G_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (PROGRAMS). score_scale: softmax scale times log2(e). BLOCK_M >= G query heads.
 
-    ``OVERLAP``: launched before `store` of this layer is done, whose results it waits for.
+    ``OVERLAP``: launched before `store` of this layer is done, whose results it waits for: the
+    query may be one of them.
     """
     p = tl.program_id(0)
     begin = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
@@ -115,9 +101,9 @@ def decode_kernel(
     mask_q = (offs_g < G)[:, None] & (offs_d < geo.D)[None, :]
     offs_q = offs_g[:, None] * geo.D + offs_d[None, :]
     q_ptr = query_ptr + head_offset(token_head, stride_query, geo, G)
-    q = tl.load(q_ptr + offs_q, mask=mask_q & (start < stop), other=0.0)
     wait_for_previous_kernel(OVERLAP)
     allow_next_kernel(OVERLAP)
+    q = tl.load(q_ptr + offs_q, mask=mask_q & (start < stop), other=0.0)
 
     tile = start
     row_tile = schedule.row_tile + layer * (schedule.N + 1)
@@ -141,6 +127,11 @@ def decode_kernel(
                 q, score_scale, state, row, live, page, leaf, first, last, geo,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
+        elif geo.STORAGE == "int4":
+            acc, top, total = attend_row_int4(
+                q, score_scale, state, row, live, page, leaf, first, last, geo,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:
             tl.static_assert(geo.STORAGE == "model")
             acc, top, total = attend_row(
@@ -156,62 +147,15 @@ def decode_kernel(
         q = tl.load(q_ptr + offs_q, mask=mask_q & more, other=0.0)
 
         begins = row_begin >= start
+        out_ptr = output_ptr + head_offset(token_head, stride_output, geo, G)
         if begins & (row_end <= stop):
             acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-            out_ptr = output_ptr + head_offset(token_head, stride_output, geo, G)
             tl.store(out_ptr + offs_q, acc, mask=mask_q)
         else:
             store_partial(schedule, p, begins, acc, top, total, geo, G, BLOCK_M)
+            if MERGES:
+                num_tiles = tl.load(schedule.num_tiles + layer)
+                finish_row(schedule, num_tiles, row_begin, row_end, out_ptr, geo, G, G_PAD, PARTS)
         tile = end
         row_begin, row_end, token_head = row_end, next_end, next_head
         i += 1
-
-
-@triton.jit(do_not_specialize=["layer"])
-def merge_kernel(
-    output_ptr,
-    stride_output,
-    schedule,
-    layer,
-    geo,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Grid (PROGRAMS, G): one query head of the row that program p joins as its second program."""
-    p, g = tl.program_id(0), tl.program_id(1)
-    begin = schedule.begin + (layer * schedule.PROGRAMS + p) * BEGIN_FIELDS
-    last = tl.load(begin + 7)
-    token_head = tl.load(begin + 5)
-    # Out of the way of programs that have work. Program 0 never has: it stays, so that this kernel
-    # does not end before the one that it follows.
-    if (last == 0) & (p > 0):
-        return
-    wait_for_previous_kernel(OVERLAP)
-    if p == 0:
-        return
-    offs_d = tl.arange(0, geo.D_PAD)
-    mask_d = offs_d < geo.D
-    first = p - 1
-    top = NO_SCORE
-    total = 0.0
-    acc = tl.zeros([geo.D_PAD], tl.float32)
-    for part in range(first, last + 1, BLOCK):
-        parts = part + tl.arange(0, BLOCK)
-        mask = parts <= last
-        i = partial_of(parts, parts == first) * G + g
-        tops = tl.load(schedule.partial_max + i, mask=mask, other=NO_SCORE)
-        sums = tl.load(schedule.partial_sum + i, mask=mask, other=0.0)
-        values = tl.load(
-            schedule.partial + i[:, None] * geo.D + offs_d[None, :],
-            mask=mask[:, None] & mask_d[None, :],
-            other=0.0,
-        )
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        weights = tl.exp2(tops - new_top)
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(sums * weights, 0)
-        acc = acc * decay + tl.sum(values * weights[:, None], 0)
-        top = new_top
-    out_ptr = output_ptr + head_offset(token_head, stride_output, geo, G) + g * geo.D
-    tl.store(out_ptr + offs_d, acc / tl.where(total == 0, 1.0, total), mask=mask_d)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_dms.backend.kernels.common import INTERPRETED, round_mantissa
+from vllm_dms.backend.kernels.pages_int4 import load_int4_slots, write_int4_slots
 
 
 @triton.jit
@@ -16,19 +17,22 @@ def slot_offset(page, slot, geo):
 
 @triton.jit
 def scale_offset(page, slot, geo):
-    """Where K's scales of a slot are, in elements of ``scales``; V's are SCALES further."""
-    return page.to(tl.int64) * geo.PAGE_SCALES + slot % geo.P * (2 * geo.SCALES)
+    """Where K's scales of a slot are, in elements of ``scales``; V's are right behind them."""
+    return page.to(tl.int64) * geo.PAGE_SCALES + slot % geo.P * geo.SCALES
 
 
 @triton.jit
 def narrow(x):
-    """float32 that e4m3 holds exactly, or NaN -> e4m3. The interpreter's own cast makes 384 of
-    NaN."""
-    small = x.to(tl.float8e4nv)
+    """float32 -> e4m3, rounded to nearest even, beyond 448 to 448. One instruction of a GPU; the
+    interpreter truncates, and makes 384 of NaN."""
     if INTERPRETED:
-        bits = tl.where(x != x, 0x7F, small.to(tl.uint8, bitcast=True))
-        small = bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-    return small
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+        # Below 2**-6 e4m3 is a grid of step 2**-9, which is float32's step at 24576.
+        x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, round_mantissa(x, 20))
+        bits = tl.where(x != x, 0x7F, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+        return bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -42,12 +46,9 @@ def quantize(x):
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
     scale = round_mantissa(tl.div_rn(largest, 448.0), 16)
-    scale = tl.where(scale == 0, 1.0, scale)
-    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
-    # Below 2**-6 e4m3 is a grid of step 2**-9, which is float32's step at 24576.
-    x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, round_mantissa(x, 20))
-    return narrow(x), scale
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # bfloat16's smallest normal
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return narrow(x * reciprocal[:, None]), scale
 
 
 @triton.jit
@@ -62,6 +63,15 @@ def widen(x, dtype: tl.constexpr):
 @triton.jit
 def write_slots(state, geo, page, slot, k, v, mask):
     """Store k and v [N, D_PAD] in the slots [N], each in its page [N]."""
+    if geo.STORAGE == "int4":
+        write_int4_slots(state, geo, page, slot, k, v, mask)
+    else:
+        write_channels(state, geo, page, slot, k, v, mask)
+
+
+@triton.jit
+def write_channels(state, geo, page, slot, k, v, mask):
+    """`write_slots` where a channel is an element."""
     offs_d = tl.arange(0, geo.D_PAD)[None, :]
     ptr = state.pages + slot_offset(page, slot, geo)[:, None] + offs_d
     mask_d = mask[:, None] & (offs_d < geo.D)
@@ -87,11 +97,11 @@ def copy_slots(state, geo, src_page, src, dst_page, dst, mask):
     k = tl.load(src_ptr, mask=mask_d)
     v = tl.load(src_ptr + geo.P * geo.WIDTH, mask=mask_d)
     if geo.SCALES > 0:
-        offs_s = tl.arange(0, 2 * geo.SCALES)[None, :]
+        offs_s = tl.arange(0, geo.SCALES_PAD)[None, :]
+        mask_s = mask[:, None] & (offs_s < geo.SCALES)
         src_scale = state.scales + scale_offset(src_page, src, geo)[:, None] + offs_s
         dst_scale = state.scales + scale_offset(dst_page, dst, geo)[:, None] + offs_s
-        scales = tl.load(src_scale, mask=mask[:, None])
-        tl.store(dst_scale, scales, mask=mask[:, None])
+        tl.store(dst_scale, tl.load(src_scale, mask=mask_s), mask=mask_s)
     tl.store(dst_ptr, k, mask=mask_d)
     tl.store(dst_ptr + geo.P * geo.WIDTH, v, mask=mask_d)
 
@@ -100,6 +110,16 @@ def copy_slots(state, geo, src_page, src, dst_page, dst, mask):
 def load_slots(state, page, slot, mask, dtype: tl.constexpr, geo, MASKED: tl.constexpr):
     """K and V [N, D_PAD] of slots [N] in dtype, with their scales. Unless MASKED, slots that do not
     count hold numbers as well."""
+    if geo.STORAGE == "int4":
+        k, v = load_int4_slots(state, page, slot, mask, dtype, geo)
+    else:
+        k, v = load_channels(state, page, slot, mask, dtype, geo, MASKED)
+    return k, v
+
+
+@triton.jit
+def load_channels(state, page, slot, mask, dtype: tl.constexpr, geo, MASKED: tl.constexpr):
+    """`load_slots` where a channel is an element."""
     offs_d = tl.arange(0, geo.D_PAD)[None, :]
     ptr = state.pages + slot_offset(page, slot, geo)[:, None] + offs_d
     if MASKED:

@@ -11,9 +11,11 @@ import triton.language as tl
 
 from vllm_dms.backend.kernels.common import (
     NO_SCORE,
+    allow_next_kernel,
     find_request,
     load_request,
     row_index,
+    wait_for_previous_kernel,
 )
 from vllm_dms.backend.kernels.page_table import page_of, tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages import load_slots
@@ -104,25 +106,28 @@ def prefill_kernel(
     stride_key,
     stride_value,
     stride_output,
-    state,
-    batch,
-    num_survivors_ptr,
-    evict_ptr,
     num_reqs,
     layer,
+    state,
+    requests,
+    num_survivors_ptr,
+    evict_ptr,
     score_scale,
     geo,
     G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (blocks of BLOCK_M // G query tokens, H), the last tokens first: they see most.
     score_scale: softmax scale times log2(e)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     h = tl.program_id(1)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, t0 = find_request(batch, block, num_reqs, geo, BLOCK_Q)
-    start, m, n, s = load_request(state, batch, b)
+    b, t0 = find_request(requests, block, num_reqs, geo, BLOCK_Q)
+    start, m, n, s = load_request(requests, b)
+    wait_for_previous_kernel(OVERLAP)
+    allow_next_kernel(OVERLAP)
     if (m <= 1) | (t0 >= m):
         return
     row = row_index(s, layer, h, geo)

@@ -1,18 +1,18 @@
 """The end of a step: how many pages each request holds and may need, in one launch."""
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_dms.arena.report import REPORT_HORIZON
+from vllm_dms.backend.kernels.launch import Launcher
 from vllm_dms.backend.state import ArenaState
 
 
 @triton.jit
 def report_kernel(
+    out_ptr,
     pages_used_ptr,
     live_ptr,
-    out_ptr,
     ROWS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     P: tl.constexpr,
@@ -32,17 +32,11 @@ def report_kernel(
     tl.store(out_ptr + HORIZON + 1, tl.sum(live, 0))
 
 
-def launch_report(state: ArenaState, out: torch.Tensor) -> None:
-    """`ops.report` as a kernel; ``out`` int32 [num_states, REPORT_HORIZON + 2], contiguous."""
-    layout = state.layout
-    assert out.shape == (state.num_states, REPORT_HORIZON + 2), out.shape
-    assert out.is_contiguous() and state.live.is_contiguous()
-    report_kernel[(state.num_states,)](
-        state.pages_used,
-        state.live,
-        out,
-        ROWS=layout.num_rows,
-        ROWS_PAD=triton.next_power_of_2(layout.num_rows),
-        P=layout.page_size,
-        HORIZON=REPORT_HORIZON,
-    )
+def report_launcher(state: ArenaState) -> Launcher:
+    """`ops.report` as a kernel, for every state of ``out`` int32 [num_states, REPORT_WIDTH]."""
+    rows = state.layout.num_rows
+    assert state.live.is_contiguous()
+    return Launcher(
+        report_kernel, state.pages_used, state.live, rows, triton.next_power_of_2(rows),
+        state.layout.page_size, REPORT_HORIZON,
+    )  # fmt: skip

@@ -26,10 +26,12 @@ class Schedule(NamedTuple):
     row_query: Any  # int32 [N]: query token * H + head
     row_state: Any  # int32 [N]: state index
     row_tile: Any  # int32 [L, N + 1]: tiles before each row; after the last: of all
+    num_tiles: Any  # int32 [L]: of all rows
     begin: Any  # int32 [L, PROGRAMS, BEGIN_FIELDS]: all that a program needs to know to begin
     partial: Any  # float32 [2 * PROGRAMS, G, D]: sum of weighted values
     partial_max: Any  # float32 [2 * PROGRAMS, G]: largest score, base 2
     partial_sum: Any  # float32 [2 * PROGRAMS, G]: sum of weights
+    done: Any  # int32 [PROGRAMS]: parts that are there of a shared row, by its first program
     N: Any
     PROGRAMS: Any
 
@@ -67,10 +69,12 @@ def allocate_schedule(
         row_query=zeros(rows),
         row_state=zeros(rows),
         row_tile=zeros(layout.num_layers, rows + 1),
+        num_tiles=zeros(layout.num_layers),
         begin=zeros(layout.num_layers, programs, BEGIN_FIELDS.value),
         partial=zeros(*parts, layout.head_dim, dtype=torch.float32),
         partial_max=zeros(*parts, dtype=torch.float32),
         partial_sum=zeros(*parts, dtype=torch.float32),
+        done=zeros(programs),
         N=rows,
         PROGRAMS=programs,
     )
@@ -95,21 +99,52 @@ def partial_of(p, begins):
     return 2 * p + begins.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit
+def list_requests(
+    state, requests, block_table, stride_block_table, query_start, seq_lens, num_reqs,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the kernels of every layer ask of a request, side by side."""
+    for b0 in range(0, num_reqs, BLOCK):
+        b = b0 + tl.arange(0, BLOCK)
+        mask = b < num_reqs
+        start = tl.load(query_start + b, mask=mask, other=0)
+        m = tl.load(query_start + b + 1, mask=mask, other=0) - start
+        n = tl.load(seq_lens + b, mask=mask, other=0) - m
+        block = tl.load(block_table + b.to(tl.int64) * stride_block_table, mask=mask, other=0)
+        tl.store(requests.start + b, start, mask=mask)
+        tl.store(requests.tokens + b, m, mask=mask)
+        tl.store(requests.stored + b, n, mask=mask)
+        s = tl.load(state.state_of_block + block, mask=mask, other=0)
+        tl.store(requests.state + b, s, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["block_table", "stride_block_table", "query_start", "seq_lens", "num_reqs"]
+)
 def schedule_kernel(
-    state,
-    batch,
-    schedule,
+    block_table,
+    stride_block_table,
+    query_start,
+    seq_lens,
     num_reqs,
+    state,
+    requests,
+    schedule,
     geo,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PROGRAMS_PAD: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Grid (L): fill `Schedule` for every layer of a step. Before any layer's `store`: rows count
-    one slot more than they hold."""
+    """Grid (L): fill `Schedule` for every layer of a step, and `Requests`. Before any layer's
+    `store`: rows count one slot more than they hold."""
     layer = tl.program_id(0)
+    if layer == 0:
+        list_requests(
+            state, requests, block_table, stride_block_table, query_start, seq_lens, num_reqs,
+            BLOCK_ROWS,
+        )  # fmt: skip
     row_tile = schedule.row_tile + layer * (schedule.N + 1)
     num_rows = 0
     num_tiles = 0
@@ -117,11 +152,11 @@ def schedule_kernel(
         r = r0 + tl.arange(0, BLOCK_ROWS)
         b, h = r // geo.H, r % geo.H
         mask = b < num_reqs
-        start = tl.load(batch.query_start + b, mask=mask, other=0)
-        m = tl.load(batch.query_start + b + 1, mask=mask, other=0) - start
+        start = tl.load(query_start + b, mask=mask, other=0)
+        m = tl.load(query_start + b + 1, mask=mask, other=0) - start
         mask = mask & (m == 1)
-        n = tl.load(batch.seq_lens + b, mask=mask, other=1) - 1
-        block_ptr = batch.block_table + b.to(tl.int64) * batch.block_table_stride
+        n = tl.load(seq_lens + b, mask=mask, other=1) - 1
+        block_ptr = block_table + b.to(tl.int64) * stride_block_table
         s = tl.load(
             state.state_of_block + tl.load(block_ptr, mask=mask, other=0), mask=mask, other=0
         )
@@ -167,3 +202,4 @@ def schedule_kernel(
     tl.store(out + 5, tl.load(schedule.row_query + i, mask=busy), mask=busy)
     tl.store(out + 6, tl.load(schedule.row_state + i, mask=busy), mask=busy)
     tl.store(out + 7, last, mask=mask)
+    tl.store(schedule.num_tiles + layer, num_tiles)

@@ -1,0 +1,92 @@
+"""Which kernels Triton compiles for what, without compiling any: `test_warm_up` runs this in a
+process of its own, because a process either interprets kernels or compiles them.
+
+    python tests/specializations.py STORAGE
+
+Prints one line of JSON: kernels that a warm-up asks the compiler for, and those that batches of
+many kinds ask for after it.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+from compile_kernels import NoGPU, make_ops, make_projection
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from vllm_dms.arena.report import REPORT_WIDTH
+from vllm_dms.backend.projection import rotated_width
+from vllm_dms.backend.state import Batch
+
+GROUP, HEAD_DIM, HEADS = 4, 128, 2
+
+
+def batches():
+    """Of decodes, of chunks, of both; any block table of vLLM's."""
+    for counts in ((1,), (1, 1, 1, 1), (16,), (17, 1, 1), (1, 0, 0), (31, 2, 1, 15), (5, 0)):
+        for width in (1, 2, 16, 1025):
+            starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            table = torch.zeros(len(counts), width, dtype=torch.int32)
+            lengths = torch.tensor([0, *counts], dtype=torch.int32)[1:]  # not aligned
+            yield Batch(len(counts), sum(counts), max(counts), table, starts, lengths)
+
+
+def run_projection(ops, batch, dtype, projection):
+    tokens = batch.num_tokens
+    qkv = torch.zeros(tokens, (GROUP + 2) * HEADS * HEAD_DIM, dtype=dtype)
+    rotated = torch.zeros(tokens, rotated_width(HEADS, GROUP, HEAD_DIM), dtype=dtype)
+    ops.begin_step(batch)
+    positions = torch.zeros(tokens + 1, dtype=torch.int64)[1:]
+    for layer in (0, 1, 16):
+        ops.store_projection(batch, layer, projection, qkv, positions, None, rotated)
+
+
+def run(ops, batch, dtype, offset=0):
+    """``offset``: of the query, in elements, from an aligned address"""
+    tokens, size = batch.num_tokens, HEADS * GROUP * HEAD_DIM
+    query = torch.zeros(tokens * size + offset, dtype=dtype)[offset:].view(tokens, -1, HEAD_DIM)
+    # As split off a fused projection, with a decision of another rank's head before it.
+    qkv = torch.zeros(tokens, 2 * size, dtype=dtype)
+    key = torch.zeros(tokens, HEADS, HEAD_DIM, dtype=dtype)
+    value = qkv[:, -HEADS * HEAD_DIM :].view(tokens, HEADS, HEAD_DIM)
+    ops.begin_step(batch)
+    for layer, alpha in ((0, key[..., 0]), (1, torch.zeros(tokens, HEADS + 1, dtype=dtype)[:, 1:])):
+        ops.store(batch, layer, key, value, alpha)
+        if batch.max_query_len > 1:
+            ops.prefill(batch, layer, query, key, value, torch.zeros_like(query))
+            ops.store_window(batch, layer, key, value)
+        ops.decode(batch, layer, query, torch.zeros_like(query))
+    ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
+
+
+def main(storage):
+    asked = []
+
+    def compile_nothing(kernel, *args):
+        asked.append(kernel.__name__)
+        cache, key = kernel.device_caches[0][0], args[0]
+        cache[key] = SimpleNamespace(
+            run=lambda *args: None, function=0, packed_metadata=(), launch_metadata=lambda *a: None
+        )
+        return cache[key]
+
+    driver.set_active(NoGPU(90))
+    JITFunction._do_compile = compile_nothing
+    ops, dtype = make_ops(storage, HEAD_DIM, GROUP, True, 64, 2048)
+    projection = make_projection(HEAD_DIM, dtype)
+    ops.warm_up(dtype, None)
+    ops.warm_up(dtype, projection)
+    ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
+    warm = list(asked)
+    for batch in batches():
+        run(ops, batch, dtype)
+        run_projection(ops, batch, dtype, projection)
+    later = asked[len(warm) :]
+    run(ops, next(batches()), dtype, offset=1)
+    print(json.dumps({"warm": warm, "later": later, "unaligned": asked[len(warm + later) :]}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

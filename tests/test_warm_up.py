@@ -1,0 +1,49 @@
+"""Nothing is compiled while serving: what warms up asks for all that any batch will."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import Case, assert_null_state_untouched
+from test_compile import KERNELS
+
+from vllm_dms.backend.updates import NULL_STEP, Reporter, apply_updates
+
+SCRIPT = Path(__file__).with_name("specializations.py")
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "fp8", "int4", "float32"])
+def test_no_batch_needs_a_kernel_that_the_warm_up_did_not(storage):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), storage]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {*found["warm"]} == KERNELS - {"alpha_kernel"}
+    assert found["later"] == []
+    assert found["unaligned"] == ["decode_kernel"], "nothing is noticed"
+
+
+@pytest.mark.parametrize(("storage", "dim"), [("model", 16), ("fp8", 16), ("int4", 64)])
+def test_the_warm_up_leaves_nothing_behind(storage, dim):
+    case = replace(Case(storage=storage, dim=dim), lengths=(12,))
+    harness = case.harness(kernels=True)
+    state = harness.state
+    before = [part.view(torch.uint8).clone() for part in state.pages]
+    live = state.live[1:].clone()
+    harness.ops.warm_up(case.dtype, None)
+    reporter = Reporter(state, harness.ops)
+    reporter.warm_up()
+    apply_updates(state, NULL_STEP)
+    assert_null_state_untouched(harness)
+    assert torch.equal(live, state.live[1:])
+    assert not state.state_of_block.any()
+    for part, old in zip(state.pages, before, strict=True):
+        assert torch.equal(part.view(torch.uint8), old)
+    assert len(reporter.report(replace(NULL_STEP, states=np.ones(1, np.int32))).usage.live) == 1

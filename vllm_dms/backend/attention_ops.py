@@ -1,0 +1,78 @@
+"""The two ops of a DMS layer, which a compiled graph leaves alone: of what attention takes, and of
+the projection that it is made from."""
+
+import torch
+from torch.library import Library
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:  # vLLM's memory profiling
+        output.zero_()
+        return
+    layer = context.no_compile_layers[layer_name]
+    layer.dms_runtime.bind(layer.kv_cache)
+    layer.impl.attend(
+        layer.dms_runtime.ops,
+        layer.layer_index,
+        query,
+        key,
+        value,
+        alpha,
+        metadata[layer_name].batch,
+        output,
+    )
+
+
+def _attention_of_projection(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    alpha: torch.Tensor | None,
+    rotated: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:  # vLLM's memory profiling
+        output.zero_()
+        return
+    layer = context.no_compile_layers[layer_name]
+    runtime, index, batch = layer.dms_runtime, layer.layer_index, metadata[layer_name].batch
+    runtime.bind(layer.kv_cache)
+    ops = runtime.ops
+    if index == 0:
+        ops.begin_step(batch)
+    query, key, value, _ = ops.store_projection(
+        batch, index, layer.projection, qkv, positions, alpha, rotated
+    )
+    output = output.view(query.shape)
+    layer.impl.read(ops, index, query, key, value, batch, output)
+
+
+def _nothing(*args: object) -> None:
+    """Of fake tensors: all results are arguments."""
+
+
+_library = Library("vllm_dms", "FRAGMENT")
+for _name, _op, _results in (
+    ("attention", _attention, ["output"]),
+    ("attention_of_projection", _attention_of_projection, ["rotated", "output"]),
+):
+    direct_register_custom_op(
+        op_name=_name,
+        op_func=_op,
+        mutates_args=_results,
+        fake_impl=_nothing,
+        target_lib=_library,
+    )

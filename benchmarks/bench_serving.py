@@ -29,7 +29,17 @@ from through_server import SERVED
 
 WORKLOADS = (*steps.DECODE, *PREFILL, *THROUGHPUT, *SERVED, *steps.HOST)
 # Options that all commands of a run have in common.
-COMMON = ("pool_gib", "max_requests", "chunk", "steps", "dms", "eager", "scale", "seed")
+COMMON = (
+    "pool_gib",
+    "max_requests",
+    "chunk",
+    "steps",
+    "dms",
+    "eager",
+    "quantization",
+    "scale",
+    "seed",
+)
 
 
 class Group(NamedTuple):
@@ -105,6 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, default=560, help="time for the whole command")
     add("--dms", type=json.loads, default={}, help='"dms" of --additional-config')
     add("--eager", action="store_true", help="no compilation, no graphs")
+    add("--quantization", help="of all arms' weights, when they are loaded: fp8")
     add("--scale", type=int, default=1, help="divides all lengths; for rehearsals")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--commit", help="where there is no .git to ask")

@@ -181,6 +181,7 @@ def main() -> None:
     add("--commit", help="where there is no .git to ask")
     options = parser.parse_args()
     options.chunk, options.eager, options.dms = 8192, False, {}
+    options.quantization = None
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.seconds
     report: Row = {**command_and_date(), **certificate(options.commit), "rows": []}

@@ -65,7 +65,7 @@ class Record:
         """``model``: made by synthetic.py; ``settings``: what all arms have in common"""
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.command = out / "run.json", command_and_date()
-        same = certificate(commit) | {"weights_dtype": "bfloat16"}
+        same = certificate(commit) | {"weights_dtype": settings.get("quantization") or "bfloat16"}
         same["model"] = json.loads((model / "dms" / "synthetic.json").read_text())
         same["settings"] = json.loads(json.dumps(settings))
         run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")

@@ -13,6 +13,18 @@ _QWEN3 = {
     "rope_theta": 1000000.0,
     "rms_norm_eps": 1e-6,
 }
+_QWEN3_MOE = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -43,6 +55,7 @@ SHAPES = {
     "Qwen3-8B": _shape(_QWEN3, 4096, 12288, 36, 32),
     "Qwen3-14B": _shape(_QWEN3, 5120, 17408, 40, 40),
     "Qwen3-32B": _shape(_QWEN3, 5120, 25600, 64, 64),
+    "Qwen3-30B-A3B": _shape(_QWEN3_MOE, 2048, 6144, 48, 32),
     "Llama-3.2-1B": _shape(_LLAMA, 2048, 8192, 16, 32, head_dim=64, **_TIED, **_llama3_rope(32.0)),
     "Llama-3.1-8B": _shape(_LLAMA, 4096, 14336, 32, 32, head_dim=128, **_llama3_rope(8.0)),
 }

@@ -80,7 +80,7 @@ class _Maker:
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         shape = self.shape
-        hidden, inner, d = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+        hidden, d = shape["hidden_size"], shape["head_dim"]
         q_size, kv_size = shape["num_attention_heads"] * d, shape["num_key_value_heads"] * d
         unit, out = hidden**-0.5, LAYER_GAIN
         weights = {
@@ -90,11 +90,14 @@ class _Maker:
             "self_attn.k_proj": self.randn(kv_size, hidden, unit),
             "self_attn.v_proj": self.randn(kv_size, hidden, unit),
             "self_attn.o_proj": self.randn(hidden, q_size, out * q_size**-0.5, silent=True),
-            "mlp.gate_proj": self.randn(inner, hidden, unit),
-            "mlp.up_proj": self.randn(inner, hidden, unit),
-            "mlp.down_proj": self.randn(hidden, inner, out * inner**-0.5, silent=True),
         }
-        if shape["model_type"] == "qwen3":
+        if "num_experts" in shape:
+            weights["mlp.gate"] = self.randn(shape["num_experts"], hidden, unit)
+            for expert in range(shape["num_experts"]):
+                weights |= self.mlp(f"mlp.experts.{expert}", shape["moe_intermediate_size"])
+        else:
+            weights |= self.mlp("mlp", shape["intermediate_size"])
+        if shape["model_type"].startswith("qwen3"):
             weights |= {f"self_attn.{name}_norm": self.ones(d) for name in "qk"}
         if self.dialect == "nvidia-borrowed":
             # The last channel of each group's first query head. The other channels' rms is 1, so
@@ -102,6 +105,14 @@ class _Maker:
             q_heads = weights["self_attn.q_proj"].view(-1, d, hidden)
             q_heads[:: q_size // kv_size, -1] = self.decision_rows(index)
         return {f"model.layers.{index}.{name}.weight": w for name, w in weights.items()}
+
+    def mlp(self, name: str, inner: int) -> dict[str, torch.Tensor]:
+        hidden, out = self.shape["hidden_size"], LAYER_GAIN * inner**-0.5
+        return {
+            f"{name}.gate_proj": self.randn(inner, hidden, hidden**-0.5),
+            f"{name}.up_proj": self.randn(inner, hidden, hidden**-0.5),
+            f"{name}.down_proj": self.randn(hidden, inner, out, silent=True),
+        }
 
     def decision_rows(self, index: int) -> torch.Tensor:
         """-> (H, hidden) of layer ``index``: alpha is their product with a token after RMSNorm"""

@@ -6,7 +6,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -29,7 +33,13 @@ SIZE = dict(
     pad_token_id=0,
     initializer_range=0.2,
 )
-FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+FAMILIES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+OWN = {"mistral": {"sliding_window": None}}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,11 @@ def dense(tmp_path_factory):
             path = tmp_path_factory.mktemp(family)
             config_class, model_class = FAMILIES[family]
             torch.manual_seed(0)
-            model_class(config_class(**(SIZE | changes))).save_pretrained(path)
+            model = model_class(config_class(**(SIZE | OWN.get(family, {}) | changes)))
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.2)
+            model.save_pretrained(path)
             vocab = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
             core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocab)}, merges=[]))
             core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -4,10 +4,9 @@ import json
 import shutil
 
 import pytest
+from adapter_parts import split_adapter
 from engines import engine_args, generate, prompts, sampling
 from safetensors.torch import load_file, save_file
-
-from vllm_dms.adapters import write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -15,16 +14,7 @@ def parts(checkpoint, tmp_path_factory):
     """A whole checkpoint; its base without a word of DMS; its adapter."""
     whole = checkpoint("nvidia-adapter", evict_rate=0.5)
     base, adapter = (tmp_path_factory.mktemp(name) for name in ("base", "adapter"))
-    config = json.loads((whole / "config.json").read_text())
-    weights = load_file(whole / "model.safetensors")
-    decisions = {n: t for n, t in weights.items() if "dms_" in n}
-    shutil.copytree(whole, base, dirs_exist_ok=True)
-    plain = {k: v for k, v in config.items() if not k.startswith("dms_")}
-    (base / "config.json").write_text(json.dumps(plain))
-    rest = {n: t for n, t in weights.items() if n not in decisions}
-    save_file(rest, base / "model.safetensors", {"format": "pt"})
-    settings = {k: v for k, v in config.items() if k.startswith("dms_")}
-    write_adapter(adapter, settings, decisions, "somebody/base", plain)
+    split_adapter(whole, base, adapter)
     return whole, base, adapter
 
 

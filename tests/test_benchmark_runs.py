@@ -53,6 +53,17 @@ def test_arms_differ_in_checkpoint_cache_and_plugin_only():
     assert groups["reason-1k-8k"] == {"max_model_len": 9216, "max_num_seqs": 256}
 
 
+def test_quantized_weights_are_those_of_every_arm_and_said_so(tmp_path):
+    chosen = options("--quantization", "fp8")
+    assert all(args_of(arm, chosen)[0]["quantization"] == "fp8" for arm in ARMS)
+    assert "quantization" not in args_of("dms", options())[0]
+    (tmp_path / "dms").mkdir()
+    (tmp_path / "dms" / "synthetic.json").write_text(json.dumps(MODEL))
+    settings = {name: vars(chosen)[name] for name in bench_serving.COMMON}
+    found = record.Record(tmp_path / "out", tmp_path, settings, "c").report
+    assert found["weights_dtype"] == found["settings"]["quantization"] == "fp8"
+
+
 def test_vllm_knows_all_flags_that_it_is_started_with(tmp_path, monkeypatch):
     from vllm.benchmarks import latency, serve, throughput
     from vllm.utils.argparse_utils import FlexibleArgumentParser

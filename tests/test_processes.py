@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import vllm
+from adapter_parts import split_adapter
 from engines import NOISE, engine_args, prompts
 
 from vllm_dms.reference import ReferenceModel
@@ -48,6 +49,7 @@ def run_job(job, tmp_path) -> dict:
     [
         ("tensor_parallel_size", "nvidia-adapter"),
         ("tensor_parallel_size", "nvidia-borrowed"),
+        ("tensor_parallel_size", "adapter over a base"),
         pytest.param("data_parallel_size", "nvidia-borrowed", marks=SECOND_ENGINE),
     ],
 )
@@ -55,10 +57,16 @@ def run_job(job, tmp_path) -> dict:
 def test_two_spawned_workers_are_exact(checkpoint, tmp_path, parallel, dialect, eager):
     """Tensor parallel: the adapter is computed on every rank; each keeps its own head; reports are
     merged. Data parallel: two engines, each with a cache of its own."""
-    path = checkpoint(dialect)
+    over_base = dialect == "adapter over a base"
+    path = model = checkpoint("nvidia-adapter" if over_base else dialect)
+    kwargs = {"enforce_eager": eager, "gpu_memory_utilization": 0.5, parallel: 2}
+    if over_base:
+        model = tmp_path / "base"
+        split_adapter(path, model, tmp_path / "adapter")
+        kwargs["additional_config"] = {"dms": {"adapter": str(tmp_path / "adapter")}}
     job = {
-        "model": str(path),
-        "args": engine_args(96, enforce_eager=eager, gpu_memory_utilization=0.5, **{parallel: 2}),
+        "model": str(model),
+        "args": engine_args(96, **kwargs),
         "prompts": prompts((30, 250, 600)),
         "max_tokens": 24,
     }

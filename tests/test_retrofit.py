@@ -21,7 +21,9 @@ from vllm_dms.retrofit.gates import hard
 @pytest.mark.parametrize("dialect", ["adapter", "borrowed"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_output_loads_and_agrees_with_the_reference(dense, tmp_path, family, dialect, bias):  # noqa: F811
-    source = dense(family, attention_bias=bias)
+    if bias and family in ("qwen2", "mistral"):
+        pytest.skip("the family has biases always, or never")
+    source = dense(family, **({} if family in ("qwen2", "mistral") else {"attention_bias": bias}))
     run(source, tmp_path, "--dialect", dialect)
     config = json.loads((tmp_path / "config.json").read_text())
     base = FAMILIES[family][1].__name__

@@ -22,7 +22,7 @@ TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "v
 
 @pytest.mark.parametrize("dialect", synthetic.DIALECTS)
 @pytest.mark.parametrize("rates", ["uniform", "heavy"])
-@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-0.6B", "Llama-3.2-1B"])
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B", "Llama-3.2-1B"])
 def test_each_head_keeps_the_share_it_was_made_for(tmp_path, model, rates, dialect):
     shape, rule = {**SHAPES[model], **TINY}, {"keep": 0.2, "window": 16, "dialect": dialect}
     record = synthetic.make_checkpoint(tmp_path, model, shape, rates=rates, **rule)

@@ -161,8 +161,9 @@ class Packed(nn.Module):
         Packed(torch.int32, 64, 96 // 8),
         Packed(torch.uint8, 64 * 96 // 2, 1),
         Packed(torch.bfloat16, 96, 64, method="Mxfp4OnlineLinearMethod"),
+        Packed(torch.bfloat16, 96, 64, method="TorchAOLinearMethod"),
     ],
-    ids=["GPTQ", "AWQ", "bitsandbytes", "MXFP4 on loading"],
+    ids=["GPTQ", "AWQ", "bitsandbytes", "MXFP4 on loading", "torchao"],
 )
 def test_a_decision_in_4_bits_is_refused(packed):
     with pytest.raises(ValueError, match=r"less than 8 bits \(.*q_proj, k_proj and v_proj"):

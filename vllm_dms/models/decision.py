@@ -83,10 +83,11 @@ def check_rounding(qkv_proj: Any) -> None:
         "Use a checkpoint in NVIDIA's adapter form, or leave q_proj, k_proj and v_proj out of the "
         "quantization."
     )
-    if bits < 8 or "fp4" in name.lower():
+    if bits < 8 or any(kind in name.lower() for kind in ("fp4", "torchao", "humming")):
         raise ValueError(
-            f"q_proj has weights of less than 8 bits ({name}), but the decision is borrowed from "
-            f"one of its channels, and rounding changes it for many tokens. {remedy}"
+            f"q_proj has, or may come to have, weights of less than 8 bits ({name}), but the "
+            "decision is borrowed from one of its channels, and rounding changes it for many "
+            f"tokens. {remedy}"
         )
     logger.warning_once(
         "q_proj is quantized (%s), and the decision is borrowed from one of its channels: 1 or 2 "

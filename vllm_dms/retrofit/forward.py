@@ -1,4 +1,4 @@
-"""The DMS forward of a Hugging Face Qwen3 or Llama model, differentiable in its decisions.
+"""The DMS forward of a dense Hugging Face model, differentiable in its decisions.
 
 It runs the model's own modules (projections, norms, rotary embedding, MLP) and replaces only the
 attention between them, so a checkpoint loads and saves as transformers has it.

@@ -105,6 +105,9 @@ def test_the_threshold_moves_to_the_live_ratio_that_was_asked(dense, tmp_path, c
     with pytest.raises(SystemExit):
         run(source, second, "--live", "7", form=())
     assert "have live ratios between 1 and 6.86" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(source, second, "--init", str(first), "--dialect", "borrowed", form=())
+    assert "an adapter goes on as an adapter" in capsys.readouterr().err
 
 
 def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811

@@ -68,6 +68,14 @@ def test_reports_of_a_failed_step_are_not_to_be_joined_with_the_next_ones(checkp
     assert "--enable-fault-tolerance" in text
 
 
+def test_lora_is_refused_on_a_gpu_only(checkpoint, on_cuda):
+    vllm_config = engine_config(checkpoint("nvidia-adapter"), enable_lora=True)
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    assert not any("--enable-lora" in text for text in refusals(vllm_config, config))
+    on_cuda(vllm_config)
+    assert any("--enable-lora is set on a GPU" in text for text in refusals(vllm_config, config))
+
+
 class Settings:
     """vLLM takes any hashable object as additional_config."""
 

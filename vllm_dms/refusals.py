@@ -230,6 +230,12 @@ def _of_the_machine(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]
             "Unset VLLM_USE_V2_MODEL_RUNNER, and install Triton.",
         ),
         Refusal(
+            "--enable-lora is set on a GPU",
+            vllm_config.lora_config and on_cuda,
+            "a request with a LoRA was held to the merged weights on a CPU only so far",
+            "Merge the LoRA into the checkpoint, or remove --enable-lora.",
+        ),
+        Refusal(
             'kernels is "triton"',
             config.kernels == "triton" and not on_cuda,
             "this platform has no CUDA device",

@@ -152,6 +152,12 @@ def test_a_dms_checkpoint_is_refused(dense, tmp_path, capsys):  # noqa: F811
     assert "is a DMS checkpoint already" in capsys.readouterr().err
 
 
+def test_a_sliding_window_is_refused(dense, tmp_path, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        run(dense("mistral", sliding_window=64), tmp_path)
+    assert "has sliding-window layers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_is_served(dense, tmp_path, make_engine, family):  # noqa: F811
     """The engine gives the log-probabilities of the trainer's forward with hard decisions."""

@@ -5,6 +5,7 @@ import torch
 from checkpoints import random_tokens
 
 from vllm_dms import verify
+from vllm_dms.models.families import FAMILIES
 from vllm_dms.reference import ReferenceModel, live_counts
 
 LENGTH = 300
@@ -44,6 +45,12 @@ def test_the_command_calls_itself_what_it_is_called(capsys):
     with pytest.raises(SystemExit):
         verify.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: vllm-dms verify ")
+
+
+@pytest.mark.parametrize("arch", [family.architecture for family in FAMILIES])
+def test_every_family_is_verified(checkpoint, text, capsys, arch):
+    assert run(checkpoint("nvidia-borrowed", arch=arch), text, "--max-kl", "99") == 0
+    assert capsys.readouterr().out.endswith("OK\n")
 
 
 def test_the_first_affected_position_follows_the_window():

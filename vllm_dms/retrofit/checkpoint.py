@@ -50,7 +50,11 @@ def check_dense(path: Path, length: int) -> PretrainedConfig:
         raise ValueError(
             f"architectures is {names}: the retrofit knows {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    layer_types = getattr(config, "layer_types", None) or ()
+    # Mistral has one window for all layers, and no types of them.
+    if "sliding_attention" in layer_types or (
+        not layer_types and getattr(config, "sliding_window", None)
+    ):
         raise ValueError(
             f"{path} has sliding-window layers: they have no use for DMS. Use a full-attention "
             "model."

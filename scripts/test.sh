@@ -24,8 +24,13 @@ check() { # MODULE ARGUMENTS...
 check ruff check --output-format concise .
 check ruff format --check --output-format concise .
 check mypy
-say "pytest"
-"$python" -m pytest -q "$@" || failed+=(pytest)
+# Files of tests side by side, where no GPU has to be shared and no test is asked for by itself.
+parallel=()
+if [ $# = 0 ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU' && "$python" -c 'import xdist' 2>/dev/null; then
+    parallel=(-n 2 --dist loadfile)
+fi
+say "pytest ${parallel[*]}"
+"$python" -m pytest -q "${parallel[@]}" "$@" || failed+=(pytest)
 
 # What touches nothing of vLLM, or is the same with each version and takes long.
 unrelated=(adapter addresses benchmark command compile config dense families fastdms golden kernels
@@ -42,7 +47,7 @@ test_version() { # VERSION
     elif ! sources=$("$python" scripts/vllm_sources.py "$1"); then
         failed+=("sources of vLLM $1")
     else
-        PYTHONPATH=$sources "$python" -m pytest -q "${ignored[@]}" || failed+=("vLLM $1")
+        PYTHONPATH=$sources "$python" -m pytest -q "${parallel[@]}" "${ignored[@]}" || failed+=("vLLM $1")
     fi
 }
 

@@ -235,3 +235,16 @@ def _refuse_foreign(section: Mapping, where: str, config: Mapping) -> None:
             f"{where} has none of FastDMS's keys ({', '.join(sorted(names))}), so nobody can tell "
             "which tokens this checkpoint evicts. Restore it."
         )
+
+
+def quantizes_kv_cache(hf_config: Any) -> bool:
+    """Whether config.json asks for a quantized KV cache (compressed-tensors, modelopt)."""
+    quantization = getattr(hf_config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    nested = quantization.get("quantization") or {}
+    return any(
+        section.get(key)
+        for section in (quantization, nested)
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo")
+    )

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_dms.config import DMSConfig
-from vllm_dms.formats import SUPPORTED_FORMATS
+from vllm_dms.formats import SUPPORTED_FORMATS, quantizes_kv_cache
 from vllm_dms.models.families import family_of_architectures
 
 ANOTHER_MODEL = "Serve this model with --kv-cache-dtype auto."
@@ -76,7 +76,7 @@ def _of_the_model(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
         ),
         Refusal(
             "the checkpoint quantizes its KV cache to FP8",
-            _quantizes_kv(hf_config),
+            quantizes_kv_cache(hf_config),
             "DMS pages hold the model's dtype or their own formats",
             "Use a checkpoint without kv_cache_scheme.",
         ),
@@ -87,18 +87,6 @@ def _of_the_model(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
             "Use --kv-cache-dtype dms_fp8.",
         ),
     ]
-
-
-def _quantizes_kv(hf_config: Any) -> bool:
-    quantization = getattr(hf_config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    nested = quantization.get("quantization") or {}
-    return any(
-        section.get(key)
-        for section in (quantization, nested)
-        for key in ("kv_cache_scheme", "kv_cache_quant_algo")
-    )
 
 
 def _of_features(vllm_config: VllmConfig) -> list[Refusal]:

@@ -1,10 +1,24 @@
 """The two ops of a DMS layer, which a compiled graph leaves alone: of what attention takes, and of
 the projection that it is made from."""
 
+from typing import Any
+
 import torch
 from torch.library import Library
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_dms.backend.state import Batch
+
+
+def _layer_and_batch(layer_name: str) -> tuple[Any, Batch] | None:
+    """With the layer's arena bound; None while vLLM profiles its memory."""
+    context = get_forward_context()
+    if context.attn_metadata is None:
+        return None
+    layer = context.no_compile_layers[layer_name]
+    layer.dms_runtime.bind(layer.kv_cache)
+    return layer, context.attn_metadata[layer_name].batch
 
 
 def _attention(
@@ -15,23 +29,13 @@ def _attention(
     output: torch.Tensor,
     layer_name: str,
 ) -> None:
-    context = get_forward_context()
-    metadata = context.attn_metadata
-    if metadata is None:  # vLLM's memory profiling
+    found = _layer_and_batch(layer_name)
+    if found is None:
         output.zero_()
         return
-    layer = context.no_compile_layers[layer_name]
-    layer.dms_runtime.bind(layer.kv_cache)
-    layer.impl.attend(
-        layer.dms_runtime.ops,
-        layer.layer_index,
-        query,
-        key,
-        value,
-        alpha,
-        metadata[layer_name].batch,
-        output,
-    )
+    layer, batch = found
+    ops, index = layer.dms_runtime.ops, layer.layer_index
+    layer.impl.attend(ops, index, query, key, value, alpha, batch, output)
 
 
 def _attention_of_projection(
@@ -42,15 +46,12 @@ def _attention_of_projection(
     output: torch.Tensor,
     layer_name: str,
 ) -> None:
-    context = get_forward_context()
-    metadata = context.attn_metadata
-    if metadata is None:  # vLLM's memory profiling
+    found = _layer_and_batch(layer_name)
+    if found is None:
         output.zero_()
         return
-    layer = context.no_compile_layers[layer_name]
-    runtime, index, batch = layer.dms_runtime, layer.layer_index, metadata[layer_name].batch
-    runtime.bind(layer.kv_cache)
-    ops = runtime.ops
+    layer, batch = found
+    ops, index = layer.dms_runtime.ops, layer.layer_index
     if index == 0:
         ops.begin_step(batch)
     query, key, value, _ = ops.store_projection(

@@ -55,6 +55,18 @@ def test_a_slot_holds_what_it_says_and_is_near_what_came(name, dtype):
         assert once[0, 0].abs().max() < 2e-6  # an unit of the smallest scale
 
 
+@pytest.mark.parametrize(("name", "dtype"), FORMATS, ids=str)
+def test_rounding_makes_nothing_larger_or_smaller_on_average(name, dtype):
+    storage = STORAGES[name].for_model(dtype)
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = x.double()
+    decoded = (
+        storage.decode_key(*storage.encode_key(x)), storage.decode(*storage.encode(x))
+    )  # fmt: skip
+    for out in decoded:
+        assert abs((out.double() * wide).sum() / (wide * wide).sum() - 1) < 0.002
+
+
 @pytest.mark.parametrize(("name", "dtype"), FORMATS[:-2], ids=str)
 def test_a_second_rounding_changes_nothing(name, dtype):
     """With 4 bits it would: slots are copied as they are."""

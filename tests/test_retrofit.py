@@ -62,8 +62,9 @@ def test_output_loads_and_agrees_with_the_reference(dense, tmp_path, family, dia
     )
 
 
-def test_frozen_weights_stay(dense, tmp_path):  # noqa: F811
-    source = dense("qwen3", attention_bias=False)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_frozen_weights_stay(dense, tmp_path, family):  # noqa: F811
+    source = dense(family, attention_bias=False)
     run(source, tmp_path)
     before, after = (
         ReferenceModel.from_dir(source).weights,
@@ -159,7 +160,7 @@ def test_a_sliding_window_is_refused(dense, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_output_is_served(dense, tmp_path, make_engine, family):  # noqa: F811
+def test_output_is_served(dense, tmp_path, make_engine, expert_group, family):  # noqa: F811
     """The engine gives the log-probabilities of the trainer's forward with hard decisions."""
     run(dense(family, attention_bias=False), tmp_path)
     llm = make_engine(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from vllm_dms.retrofit import attention, data, losses, memory, rotary
 from vllm_dms.retrofit.checkpoint import prepare
@@ -94,19 +94,15 @@ def test_a_frozen_head_gives_the_gradient_of_the_plain_loss(monkeypatch):
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
 
 
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
 def tiny_model(dialect, train_all=False):
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-        )
-    )
+    model = Qwen3ForCausalLM(Qwen3Config(**SMALL))
     recipe = Recipe(window=8, length=64, dialect=dialect, alpha_scale=20.0, alpha_offset=0.0)
     prepare(model, recipe.dms(), train_all)
     for name, parameter in model.named_parameters():
@@ -157,6 +153,38 @@ def test_as_few_layers_recompute_as_memory_asks_for(monkeypatch):
     assert counts[4] == 36
     model.device = torch.device("cpu")
     assert memory.layers_to_recompute(model, 1 << 20) == 0
+
+
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (Qwen3Config(**SMALL), Qwen3ForCausalLM),
+        (Qwen3MoeConfig(**SMALL, **EXPERTS), Qwen3MoeForCausalLM),
+    ],
+    ids=["dense", "experts"],
+)
+def test_an_mlp_keeps_what_is_counted(config, model_class):
+    """Bytes for the gradients of frozen weights, all but experts' indices."""
+    mlp = model_class(config).bfloat16().requires_grad_(False).model.layers[0].mlp
+    tokens, kept = 512, {}
+    x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    known = {t.untyped_storage().data_ptr() for t in (x, *mlp.parameters())}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # alive, so that no other has its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = mlp(x)
+    assert y.requires_grad
+    found = sum(s.nbytes() for address, s in kept.items() if address not in known) / tokens
+    rest = Qwen3Config(**SMALL | {"intermediate_size": 0})
+    counted = memory.bytes_a_token(config, 2)[0] - memory.bytes_a_token(rest, 2)[0]
+    assert counted == pytest.approx(found, rel=0.05 if model_class is Qwen3MoeForCausalLM else 0)
 
 
 def test_a_bound_leaves_no_logit_without_a_way_back():

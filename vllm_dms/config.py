@@ -21,12 +21,8 @@ from vllm_dms.formats import (
     Rule,
     read_rule,
 )
-from vllm_dms.models.families import FAMILIES
 
 logger = logging.getLogger(__name__)
-
-# What the retrofit takes: transformers keeps experts in one tensor, which it does not know.
-SUPPORTED_ARCHITECTURES = tuple(family.architecture for family in FAMILIES if not family.moe)
 
 
 def _is_int(value: Any) -> bool:

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-dms retrofit",
         formatter_class=Defaults,
-        description="Trains a dense Qwen, Llama or Mistral model to decide what it can forget.",
+        description="Trains a Qwen, Llama or Mistral model to decide what it can forget.",
         epilog="exit code 1: the ratio was missed; 130: stopped by a signal, --resume goes on",
     )
     parser.add_argument(

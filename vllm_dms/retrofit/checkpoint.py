@@ -17,7 +17,8 @@ from vllm_dms.adapters import (
     read_adapter,
     write_adapter,
 )
-from vllm_dms.config import SUPPORTED_ARCHITECTURES, DMSConfig
+from vllm_dms.config import DMSConfig
+from vllm_dms.models.families import FAMILIES, family_of, family_of_architectures
 
 # Everything else in a model directory that a server or a client reads.
 TOKENIZER_FILES = (
@@ -32,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+KNOWN = ", ".join(family.architecture for family in FAMILIES)
 # Training state, kept beside the weights under names that transformers does not have.
 ROWS = "dms_rows"
 
@@ -46,10 +48,8 @@ def check_dense(path: Path, length: int) -> PretrainedConfig:
     if any(key.startswith("dms_") for key in config.to_dict()):
         raise ValueError(f"{path} is a DMS checkpoint already: start from the dense model.")
     names = config.architectures or []
-    if not any(n in SUPPORTED_ARCHITECTURES for n in names):
-        raise ValueError(
-            f"architectures is {names}: the retrofit knows {', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
+    if family_of_architectures(names) is None:
+        raise ValueError(f"architectures is {names}: the retrofit knows {KNOWN}.")
     layer_types = getattr(config, "layer_types", None) or ()
     # Mistral has one window for all layers, and no types of them.
     if "sliding_attention" in layer_types or (
@@ -87,8 +87,10 @@ def load_dms(
     dms = DMSConfig.from_checkpoint(raw)
     if dms is None:
         raise ValueError(f"{path} has no dms_* keys in config.json: it is not a DMS checkpoint.")
-    name = next(a for a in SUPPORTED_ARCHITECTURES if raw["architectures"][0].startswith(a))
-    config = AutoConfig.from_pretrained(base, architectures=[name])
+    family = family_of(raw)
+    if family is None:
+        raise ValueError(f"architectures is {raw.get('architectures')}: only {KNOWN} are known.")
+    config = AutoConfig.from_pretrained(base, architectures=[family.architecture])
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
     if dms.adapter:
         _add_adapters(model)

@@ -134,7 +134,7 @@ def forward(
     *,
     recompute: int = 0,
 ) -> Output:
-    """ids (B, T) through a Qwen3ForCausalLM or LlamaForCausalLM; dms None: the dense model;
+    """ids (B, T) through a model of transformers, of one of `models.families`; dms None: as it was;
     recompute: how many layers, the first ones, compute again what they don't keep."""
     return Output(*call(model.model, decoder, ids, dms, gate, recompute))
 

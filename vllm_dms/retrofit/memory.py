@@ -9,11 +9,15 @@ RESERVE = 5e9  # bytes for logits, the gradients in flight and the optimizer
 
 def bytes_a_token(config, size: int) -> tuple[int, int]:
     """What one layer keeps of one token: all that its gradients need, or when recomputing."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or hidden // heads
     attention = (2 * heads + 2 * kv_heads) * dim  # q, k, v and its output
-    everything = 4 * hidden + (heads + kv_heads) * dim + attention + 3 * inner
+    if active := getattr(config, "num_experts_per_tok", 0):
+        mlp = active * (3 * config.moe_intermediate_size + hidden)  # each one's output is weighted
+    else:
+        mlp = 3 * config.intermediate_size
+    everything = 4 * hidden + (heads + kv_heads) * dim + attention + mlp
     return size * everything, size * (hidden + attention)
 
 

@@ -44,7 +44,8 @@ def engine_args(arm: Arm, options: Namespace, limits: dict[str, int]) -> dict[st
     if options.quantization:
         args["quantization"] = options.quantization
     if arm.dms is not None:
-        args["additional_config"] = {"dms": {**options.dms, **arm.dms}}
+        own = {"prefix_cache": True} if args["enable_prefix_caching"] else {}
+        args["additional_config"] = {"dms": {**own, **options.dms, **arm.dms}}
     return args
 
 

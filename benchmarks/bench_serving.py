@@ -17,17 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import multi_turn
 import offline
 import processes
 import steps
 import through_server
 from arms import ARMS, engine_args
+from multi_turn import TALKS
 from offline import PREFILL, THROUGHPUT
 from processes import RunError
 from record import Record
 from through_server import SERVED
 
-WORKLOADS = (*steps.DECODE, *PREFILL, *THROUGHPUT, *SERVED, *steps.HOST)
+WORKLOADS = (*steps.DECODE, *PREFILL, *THROUGHPUT, *SERVED, *TALKS, *steps.HOST)
 # Options that all commands of a run have in common.
 COMMON = (
     "pool_gib",
@@ -64,6 +66,10 @@ def groups(options: argparse.Namespace) -> list[Group]:
     if chosen := [w for w in SERVED if w in options.workloads]:
         limits = {"max_model_len": 16384 // options.scale, "max_num_seqs": options.max_requests}
         found.append(Group("server", chosen, limits, through_server.measure))
+    if chosen := [w for w in TALKS if w in options.workloads]:
+        limits = {"max_model_len": -(-multi_turn.LONGEST // options.scale)}
+        limits |= {"max_num_seqs": options.max_requests, "enable_prefix_caching": True}
+        found.append(Group("turns", chosen, limits, multi_turn.measure))
     return found
 
 

@@ -1,100 +1,125 @@
-"""Conversations with a server that keeps their cache: time to first token, and in all.
+"""What a prefix cache is for: conversations of several turns, and many questions about one text.
 
-    python benchmarks/multi_turn.py --url http://127.0.0.1:8000 --model NAME --out turns.json
-
-Conversations run at once, each a turn at a time: a message of random tokens, an answer of fixed
-length, then all of that and the next message. With --document all first messages begin with the
-same tokens and there is one turn: questions about a document, the first of them asked alone.
-Only the standard library; a thread for each conversation.
+A server of the arm answers, with vLLM's prefix caching or DMS's own.
 """
 
-import argparse
 import json
 import random
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
+
+from arms import Arm
+from conversations import TOKENS, Client, Conversation, Turn, at_once
+from record import Row
+from through_server import serving
+
+KEPT = 0.9  # share of what was said that the next turn must find, to count as a hit
 
 
-def ask(options: argparse.Namespace, prompt: list[int]) -> dict[str, Any]:
-    """One answer: its token ids, when its first token came, how many tokens the cache had."""
-    body = {
-        "model": options.model, "prompt": prompt, "max_tokens": options.answer, "stream": True,
-        "ignore_eos": True, "temperature": 1.0, "return_token_ids": True,
-        "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    headers = {"Content-Type": "application/json"}
-    request = Request(f"{options.url}/v1/completions", json.dumps(body).encode(), headers)
-    start, first, ids, usage = time.perf_counter(), 0.0, [], {}
-    with urlopen(request, timeout=options.seconds) as response:
-        for raw in response:
-            line = raw.decode().strip()
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            usage = event.get("usage") or usage
-            for choice in event["choices"]:
-                first = first or time.perf_counter() - start
-                ids += choice.get("token_ids") or []
-    if len(ids) != options.answer:
-        raise SystemExit(f"{len(ids)} tokens of {options.answer} came: {usage}")
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return {"ids": ids, "ttft_s": first, "cached": cached, "prompt": len(prompt)}
+@dataclass(frozen=True)
+class Talks:
+    """Conversations, ``at_once`` of them at a time, each a turn at a time; lengths in tokens."""
+
+    conversations: int
+    at_once: int
+    turns: int
+    message: int
+    answer: int
+    document: int = 0  # what all of them begin with
 
 
-def talk(options: argparse.Namespace, index: int, document: list[int]) -> list[dict[str, Any]]:
-    tokens = random.Random(f"{options.seed} {index}")
-    text, turns = list(document), []
-    for turn in range(options.turns):
-        text += tokens.choices(range(100, 400), k=options.message)
-        answer = ask(options, text)
-        text += answer.pop("ids")
-        turns.append(answer | {"turn": turn})
-    return turns
+@dataclass(frozen=True)
+class Kept:
+    """A growing number of conversations: first turns of the new ones, then a turn of all."""
+
+    at_once: int
+    first: int  # message of a first turn
+    further: int  # and of others
+    answer: int
+    most: int = 4096  # conversations
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    document = random.Random(options.seed).choices(range(100, 400), k=options.document)
-    warm = [talk(options, -1 - i, document) for i in range(2 if options.document else 1)]
+TALKS = {
+    "turns-1k-256": (Talks(32, 32, turns=8, message=1024, answer=256),),
+    "document-16k": tuple(Talks(64, c, 1, message=100, answer=16, document=16384) for c in (1, 64)),
+    "kept-8k": (Kept(4, first=8192, further=16, answer=8),),
+}
+LONGEST = 17 * 1024  # tokens that any of them comes to
+
+
+def scaled(load: Any, scale: int) -> Any:
+    lengths = ("message", "answer", "document", "first", "further")
+    values = vars(load).items()
+    return type(load)(**{k: -(-v // scale) if k in lengths else v for k, v in values})
+
+
+def talk(client: Client, load: Talks, seed: int) -> tuple[Row, list[Turn]]:
+    document = random.Random(f"document {seed}").choices(TOKENS, k=load.document)
+
+    def one(name: Any) -> list[Turn]:
+        conversation = Conversation(client, f"{seed} {load.at_once} {name}", list(document))
+        return conversation.talk(load.turns, load.message, load.answer)
+
+    # Two of one text: that they diverge after it shows what they share.
+    for name in ("before", "and before") if document else ("before",):
+        one(name)
     start = time.perf_counter()
-    with ThreadPoolExecutor(options.at_once) as pool:
-        talks = pool.map(lambda i: talk(options, i, document), range(options.conversations))
-        turns = [turn for turns in talks for turn in turns]
+    talks = at_once(load.at_once, one, range(load.conversations))
     seconds = time.perf_counter() - start
-    later = [t for t in turns if t["turn"]] or turns
-    return {
-        "settings": {k: v for k, v in vars(options).items() if k != "out"},
+    turns = [turn for turns in talks for turn in turns]
+    later = [turn["ttft_s"] for turn in turns if turn["turn"]]
+    row = {
+        "concurrency": load.at_once,
+        "completed": len(turns),
         "seconds": round(seconds, 3),
-        "mean_ttft_ms": round(1000 * statistics.mean(t["ttft_s"] for t in turns), 2),
-        "mean_later_ttft_ms": round(1000 * statistics.mean(t["ttft_s"] for t in later), 2),
-        "cached_share": sum(t["cached"] for t in turns) / sum(t["prompt"] for t in turns),
-        "turns": turns,
-        "before": warm,
+        "mean_ttft_ms": 1000 * statistics.mean(turn["ttft_s"] for turn in turns),
+        "hit_tokens": sum(turn["cached"] for turn in turns),
+        "prompt_tokens": sum(turn["prompt"] for turn in turns),
     }
+    return row | ({"later_ttft_ms": 1000 * statistics.mean(later)} if later else {}), turns
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--url", required=True)
-    add("--model", required=True, help="the name that the server has for it")
-    add("--out", type=Path, required=True)
-    add("--conversations", type=int, default=32)
-    add("--at-once", type=int, default=32)
-    add("--turns", type=int, default=8)
-    add("--message", type=int, default=1024, help="tokens")
-    add("--answer", type=int, default=256, help="tokens")
-    add("--document", type=int, default=0, help="tokens that all conversations begin with")
-    add("--seconds", type=float, default=300, help="longest wait for an answer")
-    add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+def keep(client: Client, load: Kept, seed: int) -> tuple[Row, list[Turn]]:
+    """The most conversations that all find what they said before; an eighth more don't."""
+    talks: list[Conversation] = []
+    rounds: list[Turn] = []
+    kept = 0
+    while kept == len(talks) < load.most:
+        new = [Conversation(client, f"{seed} {len(talks) + i}") for i in range(max(kept // 8, 1))]
+        at_once(load.at_once, lambda talk: talk.turn(load.first, load.answer), new)
+        talks += new
+        said = [len(talk.text) for talk in talks]
+        turns = at_once(load.at_once, lambda talk: talk.turn(load.further, load.answer), talks)
+        hits = sum(t["cached"] >= KEPT * tokens for t, tokens in zip(turns, said, strict=True))
+        kept = len(talks) if hits == len(talks) else kept
+        rounds.append({"conversations": len(talks), "hits": hits})
+    return {"concurrency": load.at_once, "conversations_kept": kept}, rounds
 
 
-if __name__ == "__main__":
-    options = parse_args()
-    result = run(options)
-    options.out.write_text(json.dumps(result) + "\n")
-    print({k: v for k, v in result.items() if k not in ("turns", "before")})
+def measure(
+    arm: Arm, workloads: list[str], engine: dict[str, Any], options: Namespace, deadline: float
+) -> Iterator[Row]:
+    """``engine``: the entry of this server in the run's record. Beside a row, a file of its turns
+    is left in ``options.out``."""
+    log = options.out / f"{engine['arm']}-turns.log"
+    with serving(arm, engine, options, log, deadline) as server:
+        client = Client(server.url, server.name, deadline)
+        before: list[str] = []
+        for name in (name for name in TALKS if name in workloads):
+            for load in TALKS[name]:
+                load = scaled(load, options.scale)
+                preempted = server.preemptions()
+                row, turns = (talk if isinstance(load, Talks) else keep)(client, load, options.seed)
+                save(log.with_name(f"{log.stem}-{name}-{row['concurrency']}.json"), turns)
+                row |= {"preemptions": server.preemptions() - preempted}
+                yield {"workload": name, **row, "server_did_before": list(before)}
+            before.append(name)
+
+
+def save(path: Path, turns: list[Turn]) -> None:
+    path.write_text(json.dumps(turns) + "\n")

@@ -50,4 +50,11 @@ def figures_of(workload: str) -> list[Figure]:
         title = f"`vllm bench serve`, {lengths}, concurrency {{c}}, {{n}} prompts"
         rate = Figure(title, "decode_tok_s", "tok/s")
         return [rate, *(Figure(f"{title}, {name}", key, "ms", 1) for name, key in LATENCIES)]
+    if workload == "kept-8k":
+        return [Figure("conversations of 8K that keep their cache", "conversations_kept")]
+    talks = {"turns-1k-256": "8 turns of 1K, 256 out", "document-16k": "questions about 16K"}
+    if workload in talks:
+        title = f"{talks[workload]}, concurrency {{c}}, {{n}} answers"
+        first = Figure(f"{title}, mean TTFT", "mean_ttft_ms", "ms", 1)
+        return [first, Figure(f"{title}, in all", "seconds", "s", 2)]
     raise ValueError(f"workload {workload!r} has no line in the report. Add it to figures_of.")

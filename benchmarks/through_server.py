@@ -2,6 +2,7 @@
 other, in the order of SERVED.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -53,13 +54,18 @@ class Server:
             self.port = free.getsockname()[1]
         others = {k: v for k, v in args.items() if k != "model"}
         others |= {"port": self.port, "served_model_name": self.name}
+        others |= {"enable_prompt_tokens_details": True}  # what a cache had of a prompt
         self.command = [*CLI, "serve", args["model"], *flags(others)]
         self.process = processes.start(arm, self.command, log)
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def ask(self, path: str, body: dict[str, Any] | None = None, seconds: float = 120) -> str:
         data = json.dumps(body).encode() if body else None
-        url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
-        with urlopen(Request(url, data, headers), timeout=seconds) as response:
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(self.url + path, data, headers), timeout=seconds) as response:
             return response.read().decode()
 
     def wait_until_ready(self, deadline: float) -> None:
@@ -135,21 +141,30 @@ def row_of(workload: str, load: tuple[int, int], client: dict[str, Any]) -> Row:
     return row | {name: value for name, value in client.items() if name.endswith("_ms")}
 
 
+@contextlib.contextmanager
+def serving(
+    arm: Arm, engine: dict[str, Any], options: Namespace, log: Path, deadline: float
+) -> Iterator[Server]:
+    """A server that is ready, and its command in ``engine``, its entry in the run's record."""
+    server = Server(arm, engine["args"], options, log)
+    engine["command"] = shlex.join(server.command)
+    try:
+        server.wait_until_ready(deadline)
+        yield server
+    except OSError as error:
+        raise RunError(f"the server did not answer: {error}") from None
+    finally:
+        processes.stop(server.process)
+
+
 def measure(
     arm: Arm, workloads: list[str], engine: dict[str, Any], options: Namespace, deadline: float
 ) -> Iterator[Row]:
-    """``engine``: the entry of this server in the run's record"""
-    server = Server(arm, engine["args"], options, options.out / f"{engine['arm']}-server.log")
-    engine["command"] = shlex.join(server.command)
-    before: list[str] = []
-    try:
-        server.wait_until_ready(deadline)
+    log = options.out / f"{engine['arm']}-server.log"
+    with serving(arm, engine, options, log, deadline) as server:
+        before: list[str] = []
         for workload in (name for name in SERVED if name in workloads):
             for load in SERVED[workload].loads:
                 row = server.measure(workload, load, deadline)
                 yield row | {"server_did_before": list(before)}
             before.append(workload)
-    except OSError as error:
-        raise RunError(f"the server did not answer: {error}") from None
-    finally:
-        processes.stop(server.process)

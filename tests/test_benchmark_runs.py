@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_serving
+import multi_turn
 import offline
 import processes
 import record
@@ -42,11 +43,15 @@ def test_arms_differ_in_checkpoint_cache_and_plugin_only():
     for engines in zip(*per_arm.values(), strict=True):
         common = [{k: v for k, v in args.items() if k not in own} for args in engines]
         assert all(c == common[0] for c in common)
-        assert common[0]["enable_prefix_caching"] is False
+        caches = common[0]["max_model_len"] == multi_turn.LONGEST
+        assert common[0]["enable_prefix_caching"] is caches
         assert common[0]["kv_cache_memory_bytes"] == 2 << 30
     kept = per_arm["dms_keep"][0]["additional_config"]
     assert kept == {"dms": {"page_size": 32, "evict": False}}
     assert "additional_config" not in per_arm["bf16"][0]
+    talking = next(a for a in per_arm["dms_keep"] if a["enable_prefix_caching"])
+    kept |= {"dms": kept["dms"] | {"prefix_cache": True}}
+    assert talking["additional_config"] == kept
     groups = {group.name: group.limits for group in bench_serving.groups(chosen)}
     assert groups["steps"]["max_cudagraph_capture_size"] == 1024
     assert groups["prefill-128k"]["max_model_len"] > 131072
@@ -80,6 +85,7 @@ def test_vllm_knows_all_flags_that_it_is_started_with(tmp_path, monkeypatch):
     assert server.command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(server.command[4:])
     assert parsed.kv_cache_memory_bytes == 2 << 30 and parsed.enable_prefix_caching is False
+    assert parsed.enable_prompt_tokens_details is True
     assert parsed.served_model_name == [server.name] and parsed.max_model_len == 16384
     client = server.bench_command(through_server.SERVED["serve-mixed"], (160, 160))
     parser = argparse.ArgumentParser()
@@ -264,7 +270,8 @@ def test_a_rehearsal_measures_two_arms_in_two_commands(tmp_path):
     given = {"model": model, "out": out}
     both = options(*common, **given, arms="bf16,dms", workloads="decode-8k,capacity-8k")
     assert bench_serving.run(both) == []
-    others = options(*common, **given, workloads="prefill-8k,host-mixed,first-request")
+    last = "prefill-8k,host-mixed,first-request,document-16k"
+    others = options(*common, **given, workloads=last)
     assert bench_serving.run(others) == []
     report = json.loads((out / "run.json").read_text())
     steps = {engine["arm"]: engine for engine in report["engines"] if engine["group"] == "steps"}
@@ -279,3 +286,5 @@ def test_a_rehearsal_measures_two_arms_in_two_commands(tmp_path):
                              ("prefill-8k", "host-mixed", "first-request"))  # fmt: skip
     assert prefill["prefill_tok_s"] > 0 and mixed["num_steps"] == 20 and first["completed"] == 10
     assert first["live_compression"] >= 1 and first["server_did_before"] == []
+    asked = [r for r in report["rows"] if r["workload"] == "document-16k"]
+    assert [r["concurrency"] for r in asked] == [1, 64] and asked[0]["hit_tokens"] == 64 * 256

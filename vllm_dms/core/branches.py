@@ -46,15 +46,17 @@ class Branches:
         for table in (self._prompts, self._reading, self._cuts):
             table.pop(request_id, None)
 
-    def scheduled(self, request_id: str, end: int) -> Request | None:
-        """The request, if its state at ``end`` tokens is to be kept."""
+    def scheduled(self, request_id: str, end: int) -> tuple[Request, bool] | None:
+        """The request, if its state at ``end`` tokens is to be kept, and whether others have that
+        prefix, too."""
         request = self._prompts.get(request_id)
         if request is None:
             return None
-        due = end == request.num_prompt_tokens or end in self._cuts.get(request_id, ())
+        shared = end in self._cuts.get(request_id, ())
+        due = shared or end == request.num_prompt_tokens
         if end >= request.num_prompt_tokens:
             self.forget(request_id)
-        return request if due else None
+        return (request, shared) if due else None
 
     def chunk_of(self, request: Request, start: int, num_tokens: int) -> int:
         """Of ``num_tokens`` from ``start``, how many the next chunk has: it ends where a state is

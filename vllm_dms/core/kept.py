@@ -1,10 +1,11 @@
 """States that are kept for requests to come: where they are, how they are found, how they go.
 
 A state is that of a request at some number of tokens (see `backend.snapshots`). Its blocks are in
-vLLM's free queue, with no owner, so that they count as free and cost nobody anything: the pool
-hands them out when it has no others, those at the front of its queue first. A state is of use as
-long as it has all its blocks. Used states go to the tail; blocks of one that lost some, and of one
-that gives way to its own continuation, to the front.
+vLLM's free queue, with no owner, so that they count as free and cost nobody anything. The pool
+hands out what is at the front of its queue: first blocks that nothing is in, then those of the
+states, least recently used first. A state is of use as long as it has all its blocks; the rest of
+one that lost some goes to the front. States may give way, to their own continuation say: then they
+go before others (`make_room`).
 
 A state is named by vLLM's hash of its last full block, which covers all tokens before it, salt,
 adapter and media included, and by the tokens after it.
@@ -68,6 +69,8 @@ class KeptStates:
         # By state index and its tenancy: kept, but how many of their blocks they need is unknown.
         self._pending: list[tuple[int, int, Kept]] = []
         self._broken: list[Kept] = []  # the pool handed out some of their blocks
+        self._giving_way: dict[Kept, None] = {}  # in this order
+        self._num_pinned = 0  # blocks
 
     def __len__(self) -> int:
         return sum(map(len, self._by_parent.values()))
@@ -131,29 +134,43 @@ class KeptStates:
         return kept in self._by_parent.get(kept.key.parent, ())
 
     def pin(self, kept: Kept) -> None:
-        """Its blocks are not for the pool to hand out, until `unpin`."""
+        """It is about to be used: its blocks are not for the pool to hand out, until `unpin`."""
+        self._giving_way.pop(kept, None)
         self._pool.touch([*kept.blocks, *kept.record])
+        self._num_pinned += kept.size
 
     def unpin(self, kept: Kept) -> None:
         """It was used: others go before it."""
+        self._num_pinned -= kept.size
         self._release(kept)
 
     def take_over(self, kept: Kept) -> list[KVCacheBlock]:
-        """Its blocks, for a request to own; it is kept no longer."""
+        """The blocks of a pinned state, for a request to own; it is kept no longer."""
+        self._num_pinned -= kept.size
         self._forget(kept)
-        self._pool.touch(kept.blocks)
-        self._to_front(kept.record)
+        self._pool.free_blocks(kept.record)
         return kept.blocks
 
     def give_way(self, kept: Kept) -> None:
         """It goes before all others, but until then it is kept."""
         if self.has(kept):
-            self._to_front([*kept.blocks, *kept.record])
+            self._giving_way[kept] = None
+
+    def make_room(self, count: int) -> bool:
+        """To be called before the pool hands out ``count`` blocks: states that give way do it now,
+        as far as that is needed. Whether all other states stay."""
+        while (empty := self._num_empty) < count and self._giving_way:
+            self._drop(next(iter(self._giving_way)))
+        return empty >= count
+
+    @property
+    def _num_empty(self) -> int:
+        """Free blocks that nothing is in."""
+        return self._pool.get_num_free_blocks() - self.num_blocks + self._num_pinned
 
     def clear(self) -> None:
         for kept in self.states:
-            self._forget(kept)
-            self._to_front([*kept.blocks, *kept.record])
+            self._drop(kept)
 
     def settle(self) -> None:
         """To be called when the pool has handed out blocks: nobody needs the rest of the states
@@ -187,12 +204,17 @@ class KeptStates:
             del self._owner[block.block_id]
         self._to_front(surplus)
 
+    def _drop(self, kept: Kept) -> None:
+        self._forget(kept)
+        self._to_front([*kept.blocks, *kept.record])
+
     def _forget(self, kept: Kept) -> None:
         self._drop_from_index(kept)
         for block in (*kept.blocks, *kept.record):
             del self._owner[block.block_id]
 
     def _drop_from_index(self, kept: Kept) -> None:
+        self._giving_way.pop(kept, None)
         group = self._by_parent[kept.key.parent]
         group.remove(kept)
         if not group:

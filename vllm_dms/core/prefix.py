@@ -41,6 +41,7 @@ class Due(NamedTuple):
     state: int
     tenancy: int
     num_tokens: int
+    awaited: bool  # others wait for it, or have that prefix, too
 
 
 class PrefixCache:
@@ -119,22 +120,33 @@ class PrefixCache:
         mark = ledger.mark(state) if ledger.reported_end[state] == num_tokens else None
         kept = Kept(key, num_tokens, own, record, mark, END, lineage)
         self.kept.add(kept, state, ledger.tenancy.item(state))
-        self._prefer(kept)
+        self._supersede(kept)
+        preferred = self._preferred()
+        if preferred == PROMPT:
+            self.kept.give_way(kept)
+        for other in lineage[-1:]:
+            if preferred == END and other.kind == PROMPT and not other.hits:
+                self.kept.give_way(other)
         return taken
 
     def _may_keep(self, state: int, num_tokens: int) -> bool:
         enough = num_tokens >= self._spec.layout.page_size
         return enough and self._ledger.tenancy.item(state) >= self._valid_from
 
-    def _prefer(self, ended: Kept) -> None:
-        """Of the two states that a turn leaves, one may give way, by what requests went on from."""
+    def _supersede(self, kept: Kept) -> None:
+        """Whoever would go on from what its request went on from, can go on from ``kept``; unless
+        others went on from there, too."""
+        for other in kept.before:
+            if other.kind != BRANCH and other.hits == 1:
+                self.kept.give_way(other)
+
+    def _preferred(self) -> str | None:
+        """Of the two states that a turn leaves, the one that requests went on from, if it is
+        nearly always the same."""
         prompts, ends = self._went_on[PROMPT], self._went_on[END]
         if ends > PREFERENCE * (prompts + 1):
-            for kept in ended.before[-1:]:
-                if kept.kind == PROMPT and not kept.hits:
-                    self.kept.give_way(kept)
-        elif prompts > PREFERENCE * (ends + 1):
-            self.kept.give_way(ended)
+            return END
+        return PROMPT if prompts > PREFERENCE * (ends + 1) else None
 
     def clear(self) -> None:
         """Nothing that was computed so far is of use any more."""
@@ -147,13 +159,13 @@ class PrefixCache:
     def new_step_starts(self) -> None:
         """Keep what the last step left, before the coming one writes."""
         due, self._due = self._due, []
-        for request, state, tenancy, num_tokens in due:
+        for request, state, tenancy, num_tokens, awaited in due:
             ledger = self._ledger
             unchanged = ledger.tenancy[state] == tenancy
             if unchanged and ledger.scheduled_end[state] == num_tokens:
-                self._save(request, state, num_tokens)
+                self._save(request, state, num_tokens, awaited)
 
-    def _save(self, request: Request, state: int, num_tokens: int) -> None:
+    def _save(self, request: Request, state: int, num_tokens: int, awaited: bool) -> None:
         ledger, request_id = self._ledger, request.request_id
         if not self._may_keep(state, num_tokens):
             return
@@ -163,15 +175,19 @@ class PrefixCache:
         # Most that the request can have in use; the report will tell.
         held = self._req_to_blocks[request_id]
         count = min(ledger.required_one(state, num_tokens), len(held))
-        if count + self._num_record_blocks > self._supply.num_free:
-            return
+        kind = PROMPT if num_tokens == request.num_prompt_tokens else BRANCH
+        needed = count + self._num_record_blocks
+        if not self._supply.make_room(needed):
+            superfluous = kind == PROMPT and self._preferred() == END and not awaited
+            if superfluous or needed > self._supply.num_free:
+                return
         target, record = self._supply.take(count), self._supply.take(self._num_record_blocks)
         self._post_save(state, held[:count], target, record)
         mark = ledger.mark(state) if ledger.reported_end[state] == num_tokens else None
         before = self._lineage.get(request_id, ())
-        kind = PROMPT if num_tokens == request.num_prompt_tokens else BRANCH
         kept = Kept(key, num_tokens, target, record, mark, kind, before)
         self.kept.add(kept, state, ledger.tenancy.item(state))
+        self._supersede(kept)
         self._lineage[request_id] = (*before, kept)
 
     def _post_save(self, state: int, *blocks: list[KVCacheBlock]) -> None:
@@ -180,9 +196,10 @@ class PrefixCache:
     def scheduled(self, step: Step) -> None:
         columns = (step.states.tolist(), step.tenancies.tolist(), step.ends.tolist())
         for request_id, state, tenancy, end in zip(step.requests, *columns, strict=True):
-            request = self.branches.scheduled(request_id, end)
-            if request is not None:
-                self._due.append(Due(request, state, tenancy, end))
+            due = self.branches.scheduled(request_id, end)
+            if due is not None:
+                request, awaited = due
+                self._due.append(Due(request, state, tenancy, end, awaited))
 
     # Hits.
 
@@ -217,12 +234,12 @@ class PrefixCache:
         return kept.mark
 
     def restore(self, request_id: str, state: int, count: int) -> list[KVCacheBlock]:
-        """``count`` blocks for the request that goes on from its hit. If there are not as many
-        beside those of the hit, it takes them over."""
+        """``count`` blocks for the request that goes on from its hit. It takes over those of the
+        hit where a copy would be at the expense of other states, or there is no room for one."""
         kept = self._hits.pop(request_id)
-        if count + kept.size <= self._supply.num_free:
-            source = kept.blocks
-            self.kept.pin(kept)
+        self.kept.pin(kept)
+        room, source = self._supply.make_room(count), kept.blocks
+        if room or (count <= self._supply.num_free and (kept.kind == BRANCH or kept.hits)):
             blocks = self._supply.take(count)
             self.kept.unpin(kept)
         else:

@@ -21,8 +21,13 @@ class Supply:
         """Blocks that `take` can give."""
         return self._pool.get_num_free_blocks() - len(self._shortages.quarantine)
 
+    def make_room(self, count: int) -> bool:
+        """Whether `take` can give so many without an end of states that are of use."""
+        return self.kept is None or self.kept.make_room(count + len(self._shortages.quarantine))
+
     def take(self, count: int) -> list[KVCacheBlock]:
         """Blocks from the pool; not those that still name a failed request."""
+        self.make_room(count)
         quarantine = self._shortages.quarantine
         blocks = self._pool.get_new_blocks(count)
         if quarantine:

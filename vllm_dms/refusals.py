@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -218,10 +219,10 @@ def _of_the_machine(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]
             "Unset VLLM_USE_V2_MODEL_RUNNER, and install Triton.",
         ),
         Refusal(
-            "--enable-lora is set on a GPU",
-            vllm_config.lora_config and on_cuda,
-            "a request with a LoRA was held to the merged weights on a CPU only so far",
-            "Merge the LoRA into the checkpoint, or remove --enable-lora.",
+            "--enable-lora is set on a GPU, and the dtype is float32",
+            vllm_config.lora_config and on_cuda and vllm_config.model_config.dtype == torch.float32,
+            "vLLM's LoRA kernels take float16 and bfloat16 only",
+            "Add --dtype bfloat16.",
         ),
         Refusal(
             'kernels is "triton"',

@@ -40,6 +40,7 @@ def quantize_int8(path: Path, out: Path, keep: tuple[str, ...] = ()) -> Path:
 
 
 GROUP = 64  # weights of a column that share a scale in 4 bits
+ACTIVATIONS = 32.0  # no activation is larger
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # columns of eight, from the lowest bits of a word
 
 
@@ -64,6 +65,22 @@ def quantize_fp8(path: Path, out: Path) -> tuple[Path, Path]:
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
+    return _quantize(path, out, rounded, method)
+
+
+def quantize_modelopt(path: Path, out: Path) -> tuple[Path, Path]:
+    """As Model-Optimizer writes FP8: a scale of each weight, here the same for all, because vLLM
+    rounds projections that it stacks anew to a common one, and a fixed one for activations."""
+    every = load_file(path / "model.safetensors")
+    largest = max(w.abs().max() for name, w in every.items() if name.endswith("_proj.weight"))
+    scale = largest.float() / 448
+
+    def rounded(weight):
+        stored = (weight / scale).to(torch.float8_e4m3fn)
+        scales = {"weight_scale": scale.clone(), "input_scale": torch.tensor(ACTIVATIONS / 448)}
+        return {"weight": stored, **scales}, stored.float() * scale
+
+    method = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
     return _quantize(path, out, rounded, method)
 
 

@@ -7,7 +7,7 @@ the quantized weights stand for, without eviction, DMS is with eviction, up to l
 import pytest
 import torch
 from engines import engine_args, generate, prompts, sampling, worst_error
-from quantized import quantize_awq, quantize_fp8, quantize_gptq
+from quantized import quantize_awq, quantize_fp8, quantize_gptq, quantize_modelopt
 
 from vllm_dms.reference import ReferenceModel, live_counts
 
@@ -19,6 +19,7 @@ METHODS = [
     pytest.param(quantize_gptq, "bf16", id="GPTQ"),
     pytest.param(quantize_awq, "bf16", id="AWQ"),
     pytest.param(quantize_fp8, "fp8", id="FP8", marks=pytest.mark.gpu),
+    pytest.param(quantize_modelopt, "fp8", id="modelopt", marks=pytest.mark.gpu),
 ]
 TOKENS = 24
 

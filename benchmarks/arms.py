@@ -41,6 +41,8 @@ def engine_args(arm: Arm, options: Namespace, limits: dict[str, int]) -> dict[st
     }
     if options.eager:
         args["enforce_eager"] = True
+    if options.compilation:
+        args["compilation_config"] = options.compilation
     if options.quantization:
         args["quantization"] = options.quantization
     if arm.dms is not None:

@@ -69,6 +69,7 @@ def measure(
     lines, plan = log.with_suffix(".jsonl"), asdict(Plan.of(workloads, options))
     lines.write_text("")
     spec = {"engine": engine["args"], "plan": plan, "seed": options.seed, "to": str(lines)}
+    spec["flash_attn_version"] = options.flash_attn_version if arm.dms is None else None
     # With clocks in it, the engine's core is in the process itself.
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if workloads[0] in HOST else {}
     problem = None
@@ -93,7 +94,10 @@ def run_engine(spec: dict[str, Any]) -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     args = EngineArgs(**spec["engine"], skip_tokenizer_init=True, disable_log_stats=False)
-    engine = LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+    config = args.create_engine_config(UsageContext.LLM_CLASS)
+    if version := spec["flash_attn_version"]:  # no flag moves TurboQuant from version 2
+        config.attention_config.flash_attn_version = version
+    engine = LLMEngine.from_vllm_config(config, usage_context=UsageContext.LLM_CLASS)
     driver = Driver(engine, engine.model_config.get_vocab_size(), spec["seed"])
     cache, compilation = engine.vllm_config.cache_config, engine.vllm_config.compilation_config
     facts: Row = {"pool_tokens": cache.num_gpu_blocks * cache.block_size}

@@ -124,7 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dms", type=json.loads, default={}, help='"dms" of --additional-config')
     add("--eager", action="store_true", help="no compilation, no graphs")
     add("--compilation", type=json.loads, default={}, help="--compilation-config of all arms")
-    add("--flash-attn-version", type=int, help="of stock arms' decode workloads, over vLLM's choice")
+    add("--flash-attn-version", type=int, help="of stock arms' decode, over vLLM's choice")
     add("--quantization", help="of all arms' weights, when they are loaded: fp8")
     add("--scale", type=int, default=1, help="divides all lengths; for rehearsals")
     add("--seed", type=int, default=0, help="of the prompts")

@@ -15,7 +15,7 @@ from record import Row
 # One prompt at a time, to its first token: tokens, times.
 PREFILL = {"prefill-8k": (8192, 8), "prefill-32k": (32768, 3), "prefill-128k": (131072, 1)}
 # All at once, to the end: tokens in, tokens out, requests.
-THROUGHPUT = {"reason-1k-8k": (1024, 8192, 256)}
+THROUGHPUT = {"reason-1k-8k": (1024, 8192, 256), "batch-1k": (1024, 256, 64)}
 
 
 def limits(workload: str, scale: int) -> dict[str, int]:

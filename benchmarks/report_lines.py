@@ -32,6 +32,8 @@ LATENCIES = (("mean TTFT", "mean_ttft_ms"), ("p99 TTFT", "p99_ttft_ms"),
 def figures_of(workload: str) -> list[Figure]:
     if workload in README:
         return [README[workload]]
+    if workload == "batch-1k":
+        return [Figure("1K in, 256 out, {c} at once", "decode_tok_s", "tok/s")]
     if workload == "first-request":
         title = "1K prompts after the server's start, concurrency {c}, "
         first = Figure(f"{title}TTFT of the first", "first_ttft_ms", "ms", 1)

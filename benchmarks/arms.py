@@ -39,6 +39,8 @@ def engine_args(arm: Arm, options: Namespace, limits: dict[str, int]) -> dict[st
         "seed": 0,
         **limits,
     }
+    if options.together:  # vLLM checks that so much is free; the pool's size is given
+        args["gpu_memory_utilization"] = 0.1
     if options.eager:
         args["enforce_eager"] = True
     if options.compilation:

@@ -9,7 +9,6 @@ workloads to the run. README.md beside this says what the workloads are.
 """
 
 import argparse
-import itertools
 import json
 import sys
 import time
@@ -38,6 +37,7 @@ COMMON = (
     "steps",
     "dms",
     "eager",
+    "together",
     "quantization",
     "compilation",
     "flash_attn_version",
@@ -53,6 +53,7 @@ class Group(NamedTuple):
     workloads: list[str]
     limits: dict[str, int]
     measure: Callable
+    served: bool = False  # by a server, which may wait while another answers
 
 
 def groups(options: argparse.Namespace) -> list[Group]:
@@ -67,11 +68,11 @@ def groups(options: argparse.Namespace) -> list[Group]:
             found.append(Group(workload, [workload], limits, offline.measure))
     if chosen := [w for w in SERVED if w in options.workloads]:
         limits = {"max_model_len": 16384 // options.scale, "max_num_seqs": options.max_requests}
-        found.append(Group("server", chosen, limits, through_server.measure))
+        found.append(Group("server", chosen, limits, through_server.measure, served=True))
     if chosen := [w for w in TALKS if w in options.workloads]:
         limits = {"max_model_len": -(-multi_turn.LONGEST // options.scale)}
         limits |= {"max_num_seqs": options.max_requests, "enable_prefix_caching": True}
-        found.append(Group("turns", chosen, limits, multi_turn.measure))
+        found.append(Group("turns", chosen, limits, multi_turn.measure, served=True))
     return found
 
 
@@ -79,20 +80,40 @@ def run(options: argparse.Namespace) -> list[str]:
     """Returns what went wrong."""
     deadline = time.monotonic() + options.seconds
     settings = {name: vars(options)[name] for name in COMMON}
-    record, errors = Record(options.out, options.model, settings, options.commit), []
+    record = Record(options.out, options.model, settings, options.commit)
+    errors: list[str] = []
     record.make_room(options.arms, options.workloads)
-    for group, name in itertools.product(groups(options), options.arms):
-        arm = ARMS[name]
-        engine = record.engine(name, group.name, engine_args(arm, options, group.limits))
-        try:
-            for row in group.measure(arm, group.workloads, engine, options, deadline):
-                record.add(engine, row)
-            engine["complete"] = True
-        except RunError as error:
-            engine["error"] = str(error)
-            errors.append(f"{name} did not measure all of {', '.join(group.workloads)}: {error}")
-        engine["log"] = processes.telling_lines(options.out / f"{name}-{group.name}.log")
-        record.write()
+    for group in groups(options):
+        together = options.together and group.served
+        for names in [options.arms] if together else [[name] for name in options.arms]:
+            errors += run_group(group, names, options, record, deadline)
+    return errors
+
+
+def run_group(
+    group: Group, names: list[str], options: argparse.Namespace, record: Record, deadline: float
+) -> list[str]:
+    """Of arms that run at once each measures a workload while the others have no requests."""
+    errors, running = [], {}
+    for name in names:
+        engine = record.engine(name, group.name, engine_args(ARMS[name], options, group.limits))
+        rows = group.measure(ARMS[name], group.workloads, engine, options, deadline)
+        running[name] = engine, rows
+    while running:
+        for name, (engine, rows) in list(running.items()):
+            try:
+                if (row := next(rows, None)) is not None:
+                    if row:  # a server's first says that it is ready, before any is asked
+                        record.add(engine, row)
+                    continue
+                engine["complete"] = True
+            except RunError as error:
+                engine["error"] = str(error)
+                workloads = ", ".join(group.workloads)
+                errors.append(f"{name} did not measure all of {workloads}: {error}")
+            del running[name]
+            engine["log"] = processes.telling_lines(options.out / f"{name}-{group.name}.log")
+            record.write()
     return errors
 
 
@@ -122,6 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=64, help="decode steps of a measurement")
     add("--seconds", type=float, default=560, help="time for the whole command")
     add("--dms", type=json.loads, default={}, help='"dms" of --additional-config')
+    add("--together", action="store_true", help="servers of all arms at once, asked in turn")
     add("--eager", action="store_true", help="no compilation, no graphs")
     add("--compilation", type=json.loads, default={}, help="--compilation-config of all arms")
     add("--flash-attn-version", type=int, help="of stock arms' decode, over vLLM's choice")

@@ -107,18 +107,25 @@ def measure(
     """``engine``: the entry of this server in the run's record. Beside a row, a file of its turns
     is left in ``options.out``."""
     log = options.out / f"{engine['arm']}-turns.log"
-    with serving(arm, engine, options, log, deadline) as server:
-        client = Client(server.url, server.name, deadline)
-        before: list[str] = []
-        for name in (name for name in TALKS if name in workloads):
-            for load in TALKS[name]:
-                load = scaled(load, options.scale)
-                preempted = server.preemptions()
-                row, turns = (talk if isinstance(load, Talks) else keep)(client, load, options.seed)
-                save(log.with_name(f"{log.stem}-{name}-{row['concurrency']}.json"), turns)
-                row |= {"preemptions": server.preemptions() - preempted}
-                yield {"workload": name, **row, "server_did_before": list(before)}
-            before.append(name)
+    started = serving(arm, engine, options, log, deadline)
+
+    def rows() -> Iterator[Row]:
+        with started as server:
+            yield {}
+            client = Client(server.url, server.name, deadline)
+            before: list[str] = []
+            for name in (name for name in TALKS if name in workloads):
+                for load in TALKS[name]:
+                    load = scaled(load, options.scale)
+                    preempted = server.preemptions()
+                    run = talk if isinstance(load, Talks) else keep
+                    row, turns = run(client, load, options.seed)
+                    save(log.with_name(f"{log.stem}-{name}-{row['concurrency']}.json"), turns)
+                    row |= {"preemptions": server.preemptions() - preempted}
+                    yield {"workload": name, **row, "server_did_before": list(before)}
+                before.append(name)
+
+    return rows()
 
 
 def save(path: Path, turns: list[Turn]) -> None:

@@ -1,5 +1,6 @@
 """Processes of a run: each arm has its own, so that none sees another's CUDA context or plugin."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from arms import Arm
 
@@ -21,17 +23,32 @@ class RunError(Exception):
     """Something was not measured as it should have been."""
 
 
-def start(arm: Arm, command: list[str], log: Path, **env: str) -> subprocess.Popen:
-    """In a process group of its own, which `stop` ends. Stock arms run without any plugin."""
+def start(
+    arm: Arm, command: list[str], log: Path, env: dict[str, str] | None = None, **pipes: Any
+) -> subprocess.Popen:
+    """In a process group of its own, which `stop` ends, at the latest when this process ends. What
+    has no pipe goes to ``log``. Stock arms run without any plugin."""
     plugins = "" if arm.dms is None else "dms"
-    env |= {"VLLM_PLUGINS": plugins, "VLLM_LOGGING_LEVEL": "INFO"}
+    env = os.environ | (env or {}) | {"VLLM_PLUGINS": plugins, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as file:
-        out = {"stdout": file, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=os.environ | env, start_new_session=True, **out)
+        out = {"stdout": file, "stderr": file, **pipes}
+        child = subprocess.Popen(command, env=env, start_new_session=True, **out)
+    running.add(child)
+    return child
+
+
+running: set[subprocess.Popen] = set()
+
+
+@atexit.register
+def stop_all() -> None:
+    for child in [*running]:
+        stop(child)
 
 
 def stop(child: subprocess.Popen) -> None:
     """End the child and the engine core that it started."""
+    running.discard(child)
     for sig in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, sig)
@@ -40,7 +57,7 @@ def stop(child: subprocess.Popen) -> None:
 
 
 def run(arm: Arm, command: list[str], log: Path, deadline: float, **env: str) -> None:
-    child = start(arm, command, log, **env)
+    child = start(arm, command, log, env)
     try:
         code = child.wait(max(deadline - time.monotonic(), 0))
     except subprocess.TimeoutExpired:

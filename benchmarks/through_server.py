@@ -7,8 +7,11 @@ import json
 import random
 import re
 import secrets
+import select
 import shlex
 import socket
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import processes
-from arms import Arm, flags
+from arms import ARMS, Arm, flags
 from processes import CLI, RunError
 from record import Row
 
@@ -94,7 +97,7 @@ class Server:
         dms = (answer.get("kv_transfer_params") or {}).get("dms") or {}
         return {"live_compression": dms.get("compression"), "live_tokens": dms.get("live_tokens")}
 
-    def bench_command(self, work: Served, load: tuple[int, int]) -> list[str]:
+    def bench_arguments(self, work: Served, load: tuple[int, int]) -> list[str]:
         options = self.options
         client = {
             "backend": "vllm",
@@ -112,23 +115,45 @@ class Server:
             "seed": options.seed,
         }
         saving = ("--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm")
-        return [*CLI, "bench", "serve", *saving, *flags(client)]
+        return [*saving, *flags(client)]
 
-    def measure(self, workload: str, load: tuple[int, int], deadline: float) -> Row:
+    def measure(
+        self, client: "Client", workload: str, load: tuple[int, int], deadline: float
+    ) -> Row:
         before = self.preemptions()
         saved = self.log.with_name(f"{self.log.stem}-{workload}-{load[0]}.json")
-        command = self.bench_command(SERVED[workload], load)
-        command += ["--result-dir", str(saved.parent), "--result-filename", saved.name]
-        processes.run(self.arm, command, saved.with_suffix(".log"), deadline)
+        arguments = self.bench_arguments(SERVED[workload], load)
+        arguments += ["--result-dir", str(saved.parent), "--result-filename", saved.name]
+        client.run(arguments, saved.with_suffix(".log"), deadline)
         if self.process.poll() is not None:
             raise RunError(f"the server ended: {processes.first_error(self.log)}")
-        client = json.loads(saved.read_text())
-        if client["failed"] or client["completed"] != load[1]:
+        result = json.loads(saved.read_text())
+        if result["failed"] or result["completed"] != load[1]:
             raise RunError(
-                f"{client['completed']} of {load[1]} requests were answered: see {saved}"
+                f"{result['completed']} of {load[1]} requests were answered: see {saved}"
             )
-        row = row_of(workload, load, client) | {"preemptions": self.preemptions() - before}
+        row = row_of(workload, load, result) | {"preemptions": self.preemptions() - before}
         return row | self.live(SERVED[workload].input_len // self.options.scale)
+
+
+class Client:
+    """client.py in a process of its own, without a plugin."""
+
+    def __init__(self, log: Path) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, str(Path(__file__).with_name("client.py"))]
+        self.process = processes.start(ARMS["bf16"], command, log, **pipes)
+
+    def run(self, arguments: list[str], log: Path, deadline: float) -> None:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([arguments, str(log)]), file=stdin, flush=True)
+        left = max(deadline - time.monotonic(), 0)
+        if not select.select([stdout], [], [], left)[0]:
+            raise RunError(f"out of time: see {log.name}")
+        answer = stdout.readline().strip() or "the client ended"
+        if answer != "0":
+            raise RunError(f"{answer}: see {log.name}")
 
 
 def row_of(workload: str, load: tuple[int, int], client: dict[str, Any]) -> Row:
@@ -141,30 +166,45 @@ def row_of(workload: str, load: tuple[int, int], client: dict[str, Any]) -> Row:
     return row | {name: value for name, value in client.items() if name.endswith("_ms")}
 
 
-@contextlib.contextmanager
 def serving(
     arm: Arm, engine: dict[str, Any], options: Namespace, log: Path, deadline: float
-) -> Iterator[Server]:
-    """A server that is ready, and its command in ``engine``, its entry in the run's record."""
+) -> contextlib.AbstractContextManager[Server]:
+    """Starts a server and puts its command into ``engine``, its entry in the run's record. As a
+    context it is ready."""
     server = Server(arm, engine["args"], options, log)
     engine["command"] = shlex.join(server.command)
-    try:
-        server.wait_until_ready(deadline)
-        yield server
-    except OSError as error:
-        raise RunError(f"the server did not answer: {error}") from None
-    finally:
-        processes.stop(server.process)
+
+    @contextlib.contextmanager
+    def ready() -> Iterator[Server]:
+        try:
+            server.wait_until_ready(deadline)
+            yield server
+        except OSError as error:
+            raise RunError(f"the server did not answer: {error}") from None
+        finally:
+            processes.stop(server.process)
+
+    return ready()
 
 
 def measure(
     arm: Arm, workloads: list[str], engine: dict[str, Any], options: Namespace, deadline: float
 ) -> Iterator[Row]:
     log = options.out / f"{engine['arm']}-server.log"
-    with serving(arm, engine, options, log, deadline) as server:
+    started = serving(arm, engine, options, log, deadline)
+    client = Client(log.with_name(f"{engine['arm']}-client.log"))
+
+    def rows() -> Iterator[Row]:
         before: list[str] = []
-        for workload in (name for name in SERVED if name in workloads):
-            for load in SERVED[workload].loads:
-                row = server.measure(workload, load, deadline)
-                yield row | {"server_did_before": list(before)}
-            before.append(workload)
+        try:
+            with started as server:
+                yield {}
+                for workload in (name for name in SERVED if name in workloads):
+                    for load in SERVED[workload].loads:
+                        row = server.measure(client, workload, load, deadline)
+                        yield row | {"server_did_before": list(before)}
+                    before.append(workload)
+        finally:
+            processes.stop(client.process)
+
+    return rows()

@@ -87,10 +87,10 @@ def test_vllm_knows_all_flags_that_it_is_started_with(tmp_path, monkeypatch):
     assert parsed.kv_cache_memory_bytes == 2 << 30 and parsed.enable_prefix_caching is False
     assert parsed.enable_prompt_tokens_details is True
     assert parsed.served_model_name == [server.name] and parsed.max_model_len == 16384
-    client = server.bench_command(through_server.SERVED["serve-mixed"], (160, 160))
+    client = server.bench_arguments(through_server.SERVED["serve-mixed"], (160, 160))
     parser = argparse.ArgumentParser()
     serve.add_cli_args(parser)
-    parsed = parser.parse_args(client[client.index("bench") + 2 :])
+    parsed = parser.parse_args(client)
     assert parsed.random_range_ratio == "0.8" and parsed.max_concurrency == 160
     assert parsed.ready_check_timeout_sec == 0  # else the first request is not the first
     for workload, module in (("prefill-32k", latency), ("reason-1k-8k", throughput)):
@@ -114,6 +114,64 @@ def test_a_stock_arm_has_no_plugin_and_no_arm_more_time_than_there_is(tmp_path):
         processes.run(ARMS["bf16"], [sys.executable, "-uc", failing], log, time.monotonic() + 60)
 
 
+def test_one_client_answers_for_each_command_and_ends_with_the_run(tmp_path):
+    client = through_server.Client(tmp_path / "client.log")
+    deadline = time.monotonic() + 120
+    with pytest.raises(RunError, match=r"SystemExit: 2: see x\.log"):
+        client.run(["--no-such-flag"], tmp_path / "x.log", deadline)
+    refused = ["--model", "x", "--max-concurrency", "0"]
+    with pytest.raises(RunError, match=r"ValueError: --max-concurrency .*: see y\.log"):
+        client.run(refused, tmp_path / "y.log", deadline)
+    with pytest.raises(RunError, match=r"out of time: see z\.log"):
+        client.run(refused, tmp_path / "z.log", time.monotonic())
+    processes.stop_all()
+    assert client.process.poll() is not None
+    with pytest.raises(RunError, match=r"the client ended: see z\.log"):
+        client.run(refused, tmp_path / "z.log", deadline)
+
+
+def test_arms_together_take_turns_workload_by_workload(tmp_path, monkeypatch):
+    order = []
+
+    def measure(arm, workloads, engine, *_):
+        order.append(f"start {engine['arm']}")
+
+        def rows():
+            order.append(f"{engine['arm']} ready")
+            yield {}
+            for workload in workloads:
+                order.append(f"{engine['arm']} {workload}")
+                if (engine["arm"], workload) == ("fp8", "b"):
+                    raise RunError("gone")
+                yield {"workload": workload}
+
+        return rows()
+
+    group = bench_serving.Group("server", ["a", "b"], {}, measure, served=True)
+    monkeypatch.setattr(bench_serving, "groups", lambda _: [group])
+    monkeypatch.setattr(record.Record, "add", lambda *_: None)
+    (tmp_path / "dms").mkdir()
+    (tmp_path / "dms" / "synthetic.json").write_text(json.dumps(MODEL))
+    chosen = options("--together", out=tmp_path / "out", workloads="first-request", arms="bf16,fp8")
+    chosen.model = tmp_path
+    assert bench_serving.run(chosen) == ["fp8 did not measure all of a, b: gone"]
+    assert order == [
+        "start bf16",
+        "start fp8",
+        "bf16 ready",
+        "fp8 ready",
+        "bf16 a",
+        "fp8 a",
+        "bf16 b",
+        "fp8 b",
+    ]
+    order.clear()
+    chosen.together, chosen.out = False, tmp_path / "apart"
+    bench_serving.run(chosen)
+    assert order == ["start bf16", "bf16 ready", "bf16 a", "bf16 b",
+                     "start fp8", "fp8 ready", "fp8 a", "fp8 b"]  # fmt: skip
+
+
 class Served:
     """A server's measurement whose processes do nothing and whose client saved ``client``."""
 
@@ -126,7 +184,7 @@ class Served:
         monkeypatch.setattr(through_server.Server, "live", lambda *_: {})
         saved = out / "bf16-server-first-request-1.json"
         monkeypatch.setattr(
-            through_server.processes, "run", lambda *_: saved.write_text(json.dumps(client))
+            through_server.Client, "run", lambda *_: saved.write_text(json.dumps(client))
         )
 
     def row(self):
@@ -135,6 +193,7 @@ class Served:
         rows = through_server.measure(
             ARMS["bf16"], ["first-request"], engine, chosen, time.monotonic() + 60
         )
+        assert next(rows) == {}
         return next(rows)
 
 

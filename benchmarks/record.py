@@ -116,7 +116,7 @@ class Record:
         own = {"run_id": report["run_id"], "arm": engine["arm"], **row}
         common = {name: report[name] for name in ("gpu", "commit", "weights_dtype")}
         common |= {name: report["versions"][name] for name in ("vllm", "torch")}
-        common |= {name: model[name] for name in ("dialect", "rates", "mean_keep")}
+        common |= {name: model[name] for name in ("dialect", "rates", "mean_keep", "layers")}
         common |= {"model": model["shape"], "dms_window": model["window"], **self.command}
         common["pool_bytes"] = engine["args"]["kv_cache_memory_bytes"]
         common["engine"] = len(report["engines"]) - 1

@@ -18,6 +18,7 @@ from arms import PAIRS
 from report_kernels import kernels_section
 from report_lines import README, Figure, figures_of
 from report_plot import plot, plot_is_current
+from shapes import SHAPES
 
 HERE = Path(__file__).resolve().parent
 ARM_NAMES = {
@@ -53,6 +54,12 @@ def read_rows(paths: list[Path]) -> list[Row]:
     unknown = sorted({row["arm"] for row in rows} - set(ARM_NAMES))
     if unknown:
         raise ValueError(f"arms {unknown} have no column in the report. Add them to ARM_NAMES.")
+    kinds = sorted({subject(row) for row in rows})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the runs are of {' and of '.join(kinds)}, which no table compares. Show each by "
+            "itself: report.py OUT/run.json."
+        )
     return sorted(rows, key=lambda row: row["run_id"])
 
 
@@ -124,12 +131,21 @@ def table(rows: list[Row]) -> str:
     return as_text(lines, "---:")
 
 
+def subject(row: Row) -> str:
+    """What was served."""
+    name, layers = row.get("model"), row.get("layers")
+    cut = layers and layers < SHAPES[name]["num_hidden_layers"]
+    return (
+        f"{name} shape{f' of {layers} layers' if cut else ''}, {row.get('weights_dtype')} weights"
+    )
+
+
 def facts_of(row: Row) -> list[str]:
     """Where a row's numbers come from."""
     return [
         str(row["gpu"]),
         f"vLLM {row.get('vllm')}, torch {row.get('torch')}",
-        f"{row.get('model')} shape, {row.get('weights_dtype')} weights",
+        subject(row),
         f"window {row.get('dms_window')}, {row.get('rates')} eviction rates",
         f"{row.get('dialect') or DIALECT} decisions",
     ]

@@ -49,6 +49,19 @@ def test_preemptions_and_unfinished_runs_are_shown():
     assert "7 (cut short)" in reason and "2 (20 held)" in reason
 
 
+def test_a_table_is_of_one_model_and_says_what_was_cut(tmp_path):
+    whole = {"model": "Qwen3-8B", "weights_dtype": "bfloat16", "layers": 36}
+    assert report.subject(whole) == "Qwen3-8B shape, bfloat16 weights"
+    assert report.subject(whole | {"layers": 12}) == "Qwen3-8B shape of 12 layers, bfloat16 weights"
+    for other in ({"weights_dtype": "fp8"}, {"layers": 12}, {"model": "Qwen3-30B-A3B"}):
+        paths = [tmp_path / "1.json", tmp_path / "2.json"]
+        for path, kind in zip(paths, (whole, whole | other), strict=True):
+            path.write_text(json.dumps({"rows": [row("dms", decode_tok_s=1.0, **kind)]}))
+            assert report.read_rows([path])
+        with pytest.raises(ValueError, match=r"and of .*, which no table compares"):
+            report.read_rows(paths)
+
+
 def test_every_workload_has_lines_and_an_unknown_one_or_arm_is_refused(tmp_path):
     keys = {figure.key for workload in WORKLOADS for figure in report.figures_of(workload)}
     rows = [row("dms", workload, **dict.fromkeys(keys, 1.0)) for workload in WORKLOADS]

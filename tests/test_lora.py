@@ -61,6 +61,22 @@ def engine(make_engine, path, **kwargs):
     return make_engine(path, **engine_args(32, **lora, **args, **kwargs))
 
 
+def ask(llm, requests, max_tokens=30):
+    """-> an output for each (prompt, LoRA or None), all at once"""
+    prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
+    loras = [lora for _, lora in requests]
+    return llm.generate(prompts, sampling(max_tokens), lora_request=loras, use_tqdm=False)
+
+
+def with_and_without(path, lora_dir, targets):
+    """-> the model, the same with a new LoRA merged into it"""
+    reference = ReferenceModel.from_dir(path)
+    added = write_lora(lora_dir, reference.weights, modules(*targets))
+    weights = {n: w + added.get(n, 0.0) for n, w in reference.weights.items()}
+    config = json.loads((path / "config.json").read_text())
+    return reference, ReferenceModel(config, weights, reference.dms)
+
+
 FORMS = {"nvidia-adapter": (*ATTENTION, *MLP), "nvidia-borrowed": (*ATTENTION[1:], *MLP)}
 
 
@@ -70,23 +86,30 @@ def test_a_request_with_lora_is_the_merged_model_beside_those_without(
     checkpoint, make_engine, tmp_path, form, eager
 ):
     path = small(checkpoint, form)
-    reference = ReferenceModel.from_dir(path)
-    added = write_lora(tmp_path / "lora", reference.weights, modules(*FORMS[form]))
-    weights = {n: w + added.get(n, 0.0) for n, w in reference.weights.items()}
-    merged = ReferenceModel(json.loads((path / "config.json").read_text()), weights, reference.dms)
-    token_ids = prompts((20, 97, 230, 700))
+    reference, merged = with_and_without(path, tmp_path / "lora", FORMS[form])
     loras = [None, LoRARequest("tuned", 1, str(tmp_path / "lora"))] * 2
-    outputs = engine(make_engine, path, enforce_eager=eager).generate(
-        [{"prompt_token_ids": ids} for ids in token_ids],
-        sampling(30),
-        lora_request=loras,
-        use_tqdm=False,
-    )
-    for ids, lora, output in zip(token_ids, loras, outputs, strict=True):
+    requests = list(zip(prompts((20, 97, 230, 700)), loras, strict=True))
+    outputs = ask(engine(make_engine, path, enforce_eager=eager), requests)
+    for (ids, lora), output in zip(requests, outputs, strict=True):
         right, wrong = (merged, reference) if lora else (reference, merged)
         assert worst_error(right, ids, output) < NOISE
         assert worst_error(wrong, ids, output) > 30 * NOISE
     assert outputs[-1].kv_transfer_params["dms"]["compression"] > 1.5
+
+
+@pytest.mark.parametrize("length", [12, 230], ids=["less than a block", "blocks"])
+def test_a_kept_state_is_found_with_its_lora_only(checkpoint, make_engine, tmp_path, length):
+    path = small(checkpoint, "nvidia-adapter")
+    reference, merged = with_and_without(path, tmp_path / "lora", ATTENTION)
+    lora = LoRARequest(f"tuned {length}", length, str(tmp_path / "lora"))
+    llm = engine(make_engine, path, additional_config={"dms": {"prefix_cache": True}})
+    (ids,) = prompts((length,), seed=5)
+    asked = [(0, lora, merged, 0), (1, None, reference, 0), (1, lora, merged, length)]
+    for more, using, model, cached in (*asked, (2, None, reference, length + 1)):
+        prompt = [*ids, 7, 8][: len(ids) + more]
+        (output,) = ask(llm, [(prompt, using)])
+        assert output.num_cached_tokens == cached
+        assert worst_error(model, prompt, output) < NOISE
 
 
 @pytest.mark.parametrize(

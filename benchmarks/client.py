@@ -1,6 +1,6 @@
-"""`vllm bench serve`, command after command in one process: importing vLLM takes longer than most of
-what is measured. A line of stdin is a command's arguments as a JSON list and the path of its log;
-the answering line is "0", or the error.
+"""`vllm bench serve`, command after command in one process: importing vLLM takes longer than most
+of what is measured. A line of stdin is a command's arguments as a JSON list and the path of its
+log; the answering line is "0", or the error.
 """
 
 import contextlib

@@ -47,7 +47,7 @@ class Kept:
 TALKS = {
     "turns-1k-256": (Talks(32, 32, turns=8, message=1024, answer=256),),
     "document-16k": tuple(Talks(64, c, 1, message=100, answer=16, document=16384) for c in (1, 64)),
-    "kept-8k": (Kept(4, first=8192, further=16, answer=8),),
+    "kept-8k": (Kept(16, first=8192, further=16, answer=2),),
 }
 LONGEST = 17 * 1024  # tokens that any of them comes to
 

@@ -24,7 +24,8 @@ class Branches:
         self._ledger, self._kept = ledger, kept
         self._block_size, self._worth = block_size, worth
         self._prompts: dict[str, Request] = {}
-        self._reading: dict[str, Request] = {}  # of those, that started, if not preempted since
+        # Of those, by their first blocks, that started, if not preempted since.
+        self._reading: dict[bytes, dict[str, Request]] = {}
         self._cuts: dict[str, set[int]] = {}
         self._seen: OrderedDict[bytes, str] = OrderedDict()
 
@@ -32,19 +33,30 @@ class Branches:
         self._prompts[request.request_id] = request
         # Ends of prompts go first when there are too many.
         for block_hash in reversed(request.block_hashes):
-            owner = self._seen.pop(block_hash, request.request_id)
-            self._seen[block_hash] = owner if owner == request.request_id else SHARED
+            owner = self._seen.setdefault(block_hash, request.request_id)
+            if owner == SHARED:
+                break  # and so are those before it
+            if owner != request.request_id:
+                self._seen[block_hash] = SHARED
         while len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
 
     def starts(self, request_id: str) -> None:
         """It got a state index: what it leaves behind is worth a wait."""
-        if request_id in self._prompts:
-            self._reading[request_id] = self._prompts[request_id]
+        request = self._prompts.get(request_id)
+        if request is not None and request.block_hashes:
+            self._reading.setdefault(request.block_hashes[0], {})[request_id] = request
 
     def forget(self, request_id: str) -> None:
-        for table in (self._prompts, self._reading, self._cuts):
-            table.pop(request_id, None)
+        self._cuts.pop(request_id, None)
+        request = self._prompts.pop(request_id, None)
+        if request is None or not request.block_hashes:
+            return
+        first = request.block_hashes[0]
+        group = self._reading.get(first, {})
+        group.pop(request_id, None)
+        if not group:
+            self._reading.pop(first, None)
 
     def scheduled(self, request_id: str, end: int) -> tuple[Request, bool] | None:
         """The request, if its state at ``end`` tokens is to be kept, and whether others have that
@@ -84,7 +96,9 @@ class Branches:
 
     def is_coming(self, request: Request, best: int, limit: int) -> bool:
         """Whether a state of more than ``best`` tokens is about to be left, up to ``limit``."""
-        for other in self._reading.values():
+        if limit - best < self._worth or not request.block_hashes:
+            return False
+        for other in self._reading.get(request.block_hashes[0], {}).values():
             state = self._ledger.state_of(other.request_id)
             if state is None or other is request:
                 continue

@@ -11,6 +11,7 @@ A state is named by vLLM's hash of its last full block, which covers all tokens 
 adapter and media included, and by the tokens after it.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,7 +65,9 @@ class KeptStates:
     def __init__(self, pool: BlockPool, block_size: int, pages_per_block: int) -> None:
         self._pool = pool
         self._block_size, self.pages_per_block = block_size, pages_per_block
-        self._by_parent: dict[bytes | None, list[Kept]] = {}
+        self._by_key: dict[Key, Kept] = {}
+        # By the parents of keys: how many states have tails of which lengths.
+        self._tails: dict[bytes | None, Counter[int]] = {}
         self._owner: dict[int, Kept] = {}  # by block id
         # By state index and its tenancy: kept, but how many of their blocks they need is unknown.
         self._pending: list[tuple[int, int, Kept]] = []
@@ -73,11 +76,11 @@ class KeptStates:
         self._num_pinned = 0  # blocks
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_parent.values()))
+        return len(self._by_key)
 
     @property
     def states(self) -> list[Kept]:
-        return [kept for group in self._by_parent.values() for kept in group]
+        return list(self._by_key.values())
 
     @property
     def num_blocks(self) -> int:
@@ -86,26 +89,24 @@ class KeptStates:
     def find(self, request: Request, limit: int) -> Kept | None:
         """The longest state of at most ``limit`` tokens that the request begins with."""
         hashes, size = request.block_hashes, self._block_size
-        if not self._by_parent:
-            return None
-        for i in range(min(limit // size, len(hashes)), -1, -1):
-            found = [
-                kept
-                for kept in self._by_parent.get(hashes[i - 1] if i else None, ())
-                if kept.num_tokens <= limit and kept.key == key_of(request, kept.num_tokens, size)
-            ]
-            if found:
-                return max(found, key=lambda kept: kept.num_tokens)
+        for i in range(min(limit // size, len(hashes)) if self._tails else -1, -1, -1):
+            for tail in sorted(self._tails.get(hashes[i - 1] if i else None, ()), reverse=True):
+                num_tokens = i * size + tail
+                if num_tokens <= limit:
+                    kept = self.get(key_of(request, num_tokens, size))
+                    if kept is not None:
+                        return kept
         return None
 
     def get(self, key: Key) -> Kept | None:
-        return next((k for k in self._by_parent.get(key.parent, ()) if k.key == key), None)
+        return self._by_key.get(key)
 
     def add(self, kept: Kept, state: int, tenancy: int) -> None:
         """Keep a state whose blocks have an owner; from now on they have none. How many of them it
         needs is known at once, or with the report of what ``state`` is at ``kept.num_tokens``."""
-        assert self.get(kept.key) is None, "kept twice"
-        self._by_parent.setdefault(kept.key.parent, []).append(kept)
+        assert kept.key not in self._by_key, "kept twice"
+        self._by_key[kept.key] = kept
+        self._tails.setdefault(kept.key.parent, Counter())[len(kept.key.tail)] += 1
         for block in (*kept.blocks, *kept.record):
             assert block.block_id not in self._owner
             self._owner[block.block_id] = kept
@@ -131,7 +132,7 @@ class KeptStates:
                 self._pending.append((state, tenancy, kept))
 
     def has(self, kept: Kept) -> bool:
-        return kept in self._by_parent.get(kept.key.parent, ())
+        return self._by_key.get(kept.key) is kept
 
     def pin(self, kept: Kept) -> None:
         """It is about to be used: its blocks are not for the pool to hand out, until `unpin`."""
@@ -189,8 +190,7 @@ class KeptStates:
         kept = self._owner.pop(block.block_id, None)
         if kept is None:
             return  # kept once, and no longer
-        group = self._by_parent.get(kept.key.parent, [])
-        if kept in group:
+        if self.has(kept):
             self._drop_from_index(kept)
             self._broken.append(kept)
 
@@ -215,10 +215,14 @@ class KeptStates:
 
     def _drop_from_index(self, kept: Kept) -> None:
         self._giving_way.pop(kept, None)
-        group = self._by_parent[kept.key.parent]
-        group.remove(kept)
-        if not group:
-            del self._by_parent[kept.key.parent]
+        parent, tail, _ = kept.key
+        del self._by_key[kept.key]
+        tails = self._tails[parent]
+        tails[len(tail)] -= 1
+        if not tails[len(tail)]:
+            del tails[len(tail)]
+        if not tails:
+            del self._tails[parent]
 
     def _to_front(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Of the queue of free blocks, where these are already."""

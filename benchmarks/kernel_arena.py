@@ -8,9 +8,10 @@ import torch
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import FP8Storage, Int4Storage, ModelStorage, Storage
+from vllm_dms.backend.flash import Flash
 from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
-from vllm_dms.backend.kernels.tuning import default_tuning
+from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_ops import TorchOps
@@ -49,6 +50,9 @@ class Arena:
         stored: int,
         num_layers: int | None = None,
         device: str = "cuda",
+        evict: bool = True,
+        tuning: Tuning | None = None,
+        flash: Flash | None = None,
     ) -> None:
         per_layer = batch * HEADS * MEAN_LIVE * storage.slot_bytes(HEAD_DIM)
         many = 1 if chunk > 1 else min(MAX_LAYERS, 2 + CACHE_BYTES // per_layer)
@@ -66,14 +70,14 @@ class Arena:
         )
         self.stored, self.chunk, self.device = stored, chunk, device
         # Unshifted, so that timing one step again and again finds the same verdicts.
-        self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0)
+        self.config = DMSConfig("nvidia-borrowed", WINDOW, 1.0, 0.0, shift=0, evict=evict)
         self._fill(batch, headroom)
         self._make_inputs(batch)
-        tuning = default_tuning(self.layout)
+        tuning = tuning or default_tuning(self.layout)
         schedule = allocate_schedule(
             self.layout, MAX_SEQS, HEADS * GROUP, tuning, torch.device(device)
         )
-        own = (schedule, tuning, can_overlap(torch.device(device)))
+        own = (schedule, tuning, can_overlap(torch.device(device)), flash)
         self.ops = TritonOps(self.state, self.scratch, self.config, SCALE, *own)
         self.plain = TorchOps(self.state, self.scratch, self.config, SCALE)
         self.ops.begin_step(self.batch)
@@ -84,6 +88,8 @@ class Arena:
         rates = keep_rates((self.num_layers, HEADS)) * (0.8 + 0.4 * torch.rand(batch, 1, 1))
         left = max(0, self.stored - layout.ring_size)
         live = (rates.clamp(max=1.0) * left).long() + min(self.stored, layout.ring_size)
+        if not self.config.evict:
+            live = torch.full_like(live, self.stored)
         pages = -(-live // PAGE)  # [batch, L, H]
         most = (pages + -(-headroom // PAGE)).clamp(max=layout.max_pages_per_row)
         num_blocks = -(-most.flatten(1).sum(1) // layout.pages_per_block)
@@ -139,6 +145,7 @@ class Arena:
             block_table=torch.tensor(self.first_blocks, **int32).unsqueeze(1),
             query_start=torch.arange(batch + 1, **int32) * self.chunk,
             seq_lens=torch.full((batch,), self.stored + self.chunk, **int32),
+            may_go_on=self.stored > 0,
         )
         self.scratch = allocate_scratch(self.layout, tokens, device)
 

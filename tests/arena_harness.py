@@ -140,6 +140,7 @@ class Harness:
         ends = [seq.stored + count for _, seq, count in work] + [0] * padding
         counts = [count for _, _, count in work] + [0] * padding
         int32 = {"dtype": torch.int32, "device": self.device}
+        chunks = [(i, seq.stored) for i, (_, seq, count) in enumerate(work) if count > 1]
         return Batch(
             num_reqs=len(counts),
             num_tokens=sum(counts),
@@ -147,6 +148,8 @@ class Harness:
             block_table=torch.tensor(tables, **int32).unsqueeze(1),
             query_start=torch.tensor([0, *counts]).cumsum(0).to(**int32),
             seq_lens=torch.tensor(ends, **int32),
+            first_chunk=min((i for i, _ in chunks), default=0),
+            may_go_on=any(stored for _, stored in chunks),
         )
 
 

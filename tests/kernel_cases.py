@@ -6,6 +6,7 @@ float16 as a GPU does, but not in bfloat16: there K and V are float32, float16, 
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from arena_harness import (
@@ -34,15 +35,17 @@ SMALL = Tuning(decode_block=16, programs=5, prefill_rows=16, prefill_block=16, c
 
 
 def make_kernels(
-    state, scratch, config, scale, group, tuning=SMALL, max_num_seqs=8, overlap=None
+    state, scratch, config, scale, group, tuning=SMALL, max_num_seqs=8, overlap=None, flash=None
 ) -> TritonOps:
-    """What `Harness` asks for, once the rest is bound; ``overlap``: None, as the device can."""
+    """What `Harness` asks for, once the rest is bound; ``overlap``: None, as the device can;
+    ``flash``: makes a `Flash` of the scale."""
     layout, device = state.layout, torch.device(state.live.device)
     tuning = tuning or default_tuning(layout)
     heads = group * layout.num_kv_heads
     schedule = allocate_schedule(layout, max_num_seqs, heads, tuning, device)
     overlap = can_overlap(device) if overlap is None else overlap
-    return TritonOps(state, scratch, config, scale, schedule, tuning, overlap)
+    flash = flash and flash(scale)
+    return TritonOps(state, scratch, config, scale, schedule, tuning, overlap, flash)
 
 
 def fp8_exact(x: torch.Tensor) -> torch.Tensor:
@@ -89,6 +92,7 @@ class Case:
     storage: str = "model"
     rounded: bool = False  # inputs that the storage holds exactly
     tuning: Tuning | None = SMALL  # None: as served
+    flash: Any = None  # what makes a `Flash` of a scale
 
     def layout(self) -> ArenaLayout:
         return ArenaLayout(
@@ -120,7 +124,8 @@ class Case:
     def harness(self, kernels: bool, config: DMSConfig | None = None) -> Harness:
         make_ops = TorchOps
         if kernels:
-            make_ops = partial(make_kernels, group=self.group, tuning=self.tuning)
+            how = {"group": self.group, "tuning": self.tuning, "flash": self.flash}
+            make_ops = partial(make_kernels, **how)
         num_seqs, max_tokens = len(self.lengths), sum(self.lengths)
         config = config or self.config()
         return Harness(make_ops, config, self.layout(), num_seqs, max_tokens, DEVICE)

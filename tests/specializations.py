@@ -1,7 +1,7 @@
 """Which kernels Triton compiles for what, without compiling any: `test_warm_up` runs this in a
 process of its own, because a process either interprets kernels or compiles them.
 
-    python tests/specializations.py STORAGE
+    python tests/specializations.py STORAGE [flash]
 
 Prints one line of JSON: kernels that a warm-up asks the compiler for, and those that batches of
 many kinds ask for after it.
@@ -12,7 +12,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from compile_kernels import NoGPU, make_ops, make_projection
+from compile_kernels import NoGPU, make_ops, make_projection, no_flash
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -61,7 +61,7 @@ def run(ops, batch, dtype, offset=0):
     ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
 
 
-def main(storage):
+def main(storage, *flash):
     asked = []
 
     def compile_nothing(kernel, *args):
@@ -74,7 +74,7 @@ def main(storage):
 
     driver.set_active(NoGPU(90))
     JITFunction._do_compile = compile_nothing
-    ops, dtype = make_ops(storage, HEAD_DIM, GROUP, True, 64, 2048)
+    ops, dtype = make_ops(storage, HEAD_DIM, GROUP, True, 64, 2048, no_flash if flash else None)
     projection = make_projection(HEAD_DIM, dtype)
     ops.warm_up(dtype, None)
     ops.warm_up(dtype, projection)

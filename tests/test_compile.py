@@ -12,9 +12,9 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = {
     "schedule_kernel", "store_token_kernel", "store_plan_kernel", "store_copy_kernel",
-    "prefill_kernel", "store_window_kernel", "decode_kernel", "merge_kernel", "report_kernel",
-    "alpha_kernel", "project_token_kernel", "project_kernel", "copy_blocks_kernel",
-    "record_kernel",
+    "prefill_kernel", "prefill_stored_kernel", "store_window_kernel", "decode_kernel",
+    "merge_kernel", "report_kernel", "alpha_kernel", "project_token_kernel", "project_kernel",
+    "copy_blocks_kernel", "record_kernel",
 }  # fmt: skip
 # These begin when the kernel before them has ended.
 IN_TURN = {

@@ -18,15 +18,20 @@ from vllm_dms.backend.updates import NULL_STEP, Reporter, apply_updates
 SCRIPT = Path(__file__).with_name("specializations.py")
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "fp8", "int4", "float32"])
-def test_no_batch_needs_a_kernel_that_the_warm_up_did_not(storage):
+@pytest.mark.parametrize(
+    "how",
+    [["bfloat16"], ["bfloat16", "flash"], ["fp8"], ["int4", "flash"], ["float32"]],
+    ids=" ".join,
+)
+def test_no_batch_needs_a_kernel_that_the_warm_up_did_not(how):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), storage]
+    command = [sys.executable, str(SCRIPT), *how]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     # The adapter's is vLLM's to warm up, with the model; those of `prefix_cache` have their own.
     others = {"alpha_kernel", "copy_blocks_kernel", "record_kernel"}
+    others.add("prefill_kernel" if "flash" in how else "prefill_stored_kernel")
     assert {*found["warm"]} == KERNELS - others
     assert found["later"] == []
     assert found["unaligned"] == ["decode_kernel"], "nothing is noticed"

@@ -118,6 +118,7 @@ _OTHER = {
         f"vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.{name}"
         for name in ("forward_native", "forward_cuda", "forward_static")
     ),
+    "prefill by FlashAttention": "vllm.v1.attention.backends.fa_utils:get_flash_attn_version",
     "the models": "vllm.model_executor.models.registry:ModelRegistry.inspect_model_cls "
     "vllm.model_executor.models.registry:ModelRegistry.register_model",
     "the attention backend": "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM "

@@ -54,6 +54,7 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
         fast_build: bool = False,
     ) -> DMSMetadata:
         common = common_attn_metadata
+        first_chunk, may_go_on = chunks(common)
         batch = Batch(
             num_reqs=common.num_reqs,
             num_tokens=common.num_actual_tokens,
@@ -61,8 +62,21 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
             block_table=common.block_table_tensor,
             query_start=common.query_start_loc,
             seq_lens=common.seq_lens,
+            first_chunk=first_chunk,
+            may_go_on=may_go_on,
         )
         return DMSMetadata(batch)
+
+
+def chunks(common: CommonAttentionMetadata) -> tuple[int, bool]:
+    """`first_chunk` and `may_go_on` of `Batch`."""
+    if common.max_query_len == 1:
+        return 0, False
+    counts = common.query_start_loc_cpu[: common.num_reqs + 1].diff()
+    several = counts > 1
+    ends = common.seq_lens_cpu_upper_bound
+    may_go_on = ends is None or bool((several & (ends[: common.num_reqs] > counts)).any())
+    return int(several.int().argmax()), may_go_on
 
 
 class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):

@@ -11,7 +11,8 @@ then for each layer, in order,
                     requests with one query token also write it to the ring
                     (store_projection: of what is still to be normed and rotated)
     prefill         requests with several query tokens attend: survivors without a mask, then
-                    ring and chunk by position and verdict
+                    ring and chunk by position and verdict (or, where there is a `flash.Flash`, to
+                    the chunk first; other requests' output is then anything until `decode`)
     store_window    their last W + 1 tokens go to the ring
     decode          requests with one query token attend to all their live slots, without a mask
 

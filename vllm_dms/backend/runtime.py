@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from vllm_dms.arena.layout import ArenaLayout, choose_page_size
 from vllm_dms.arena.storage import STORAGES
+from vllm_dms.backend.flash import find_flash
 from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.projection import Projection
 from vllm_dms.backend.snapshots import Snapshots, TorchSnapshots
@@ -98,9 +99,9 @@ class Runtime:
         self.scratch = allocate_scratch(self.layout, max_tokens, device)
         self._make_ops = self._plan_ops(vllm_config, device)
         logger.info_once(
-            "DMS attention: %s kernels, in place of the attention backend that vLLM names; "
+            "DMS attention: %s, in place of the attention backend that vLLM names; "
             "%.1f MiB beside the KV cache for %d requests",
-            choose_ops(config, device),
+            self._kernels,
             self.layout.side_bytes(max_num_seqs, max_tokens) / MIB,
             max_num_seqs,
         )
@@ -115,6 +116,7 @@ class Runtime:
     ) -> Callable[[ArenaState], Ops]:
         """What makes the operations once there is an arena; their own tensors are made now."""
         common = (self.scratch, self.config, self.scale)
+        self._kernels = f"{choose_ops(self.config, device)} kernels"  # for the log
         if choose_ops(self.config, device) == "torch":
             return lambda state: TorchOps(state, *common)
         # Imported here: Triton is absent from CPU installations of vLLM.
@@ -127,8 +129,11 @@ class Runtime:
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         schedule = allocate_schedule(self.layout, max_num_seqs, heads, tuning, device)
-        own = (schedule, tuning, can_overlap(device))
-        return lambda state: TritonOps(state, *common, *own)
+        flash = find_flash(self.layout.head_dim, self._dtype, self.scale, device)
+        if flash is not None:
+            self._kernels += " and FlashAttention 3"
+        overlap = can_overlap(device)
+        return lambda state: TritonOps(state, *common, schedule, tuning, overlap, flash)
 
     @property
     def state(self) -> ArenaState:

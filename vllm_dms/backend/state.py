@@ -67,6 +67,9 @@ class Batch:
     block_table: torch.Tensor  # int32 [num_reqs, *]: only column 0 is read
     query_start: torch.Tensor  # int32 [num_reqs + 1]
     seq_lens: torch.Tensor  # int32 [num_reqs]: tokens stored before this step + query tokens
+    # What the host knows of requests with several query tokens, if it does:
+    first_chunk: int = 0  # none before it
+    may_go_on: bool = True  # whether one may have tokens stored before
 
     @property
     def may_decode(self) -> bool:

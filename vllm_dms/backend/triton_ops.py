@@ -11,11 +11,13 @@ import torch
 import triton
 
 from vllm_dms.arena.report import REPORT_WIDTH
+from vllm_dms.backend.flash import Flash
 from vllm_dms.backend.kernels.arguments import check
 from vllm_dms.backend.kernels.decode import decode_kernel
 from vllm_dms.backend.kernels.launch import Launcher, kind_of
 from vllm_dms.backend.kernels.merge import merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
+from vllm_dms.backend.kernels.prefill_stored import prefill_stored_kernel
 from vllm_dms.backend.kernels.report import report_launcher
 from vllm_dms.backend.kernels.schedule import Schedule, schedule_kernel
 from vllm_dms.backend.kernels.tuning import Tuning
@@ -26,6 +28,9 @@ from vllm_dms.config import DMSConfig
 
 LOG2_E = 1.0 / math.log(2.0)
 SCHEDULE_ROWS = 1024  # rows that the schedule kernel looks at together
+# Most rows and keys of a tile by an element's bytes: without tensor cores larger ones spill by the
+# kilobyte.
+PREFILL_TILES = {2: 1024, 4: 32}
 MIN_PARTS = 4  # of a row that the merge kernel reads at once
 
 
@@ -47,10 +52,14 @@ class TritonOps(TritonStore):
         schedule: Schedule,
         tuning: Tuning,
         overlap: bool,
+        flash: Flash | None,
     ) -> None:
         """``scale``: of the softmax; ``tuning``: that ``schedule`` was allocated with; ``overlap``:
-        whether a kernel starts up while the one before it runs out (`arguments.can_overlap`)."""
+        whether a kernel starts up while the one before it runs out (`arguments.can_overlap`);
+        ``flash``: what computes a chunk's attention to itself, if not `prefill_kernel`."""
         super().__init__(state, scratch, config, schedule, tuning, overlap)
+        self._flash = flash
+        self._flash_window = state.layout.window if config.evict else -1
         self._report = report_launcher(state)
         self._schedule = Launcher(
             schedule_kernel, *self._bound, schedule, self._geo, tuning.decode_block, SCHEDULE_ROWS,
@@ -65,17 +74,21 @@ class TritonOps(TritonStore):
         held = 32 * tuning.decode_warps * tuning.merge_registers // (pad * geo.D_PAD.value)
         parts = min(max(held, 1), tuning.merge_block)
 
-        def prefill(rows: int, block: int) -> tuple[int, Launcher]:
-            rows = max(rows, pad)
+        def prefill(kernel: Any, most: int, *arguments: Any) -> tuple[int, Launcher]:
+            rows = max(min(tuning.prefill_rows, most), pad)
             return rows, Launcher(
-                prefill_kernel, *self._bound, scratch.num_survivors, scratch.evict, score_scale,
-                geo, self.group, rows, block, overlap,
+                kernel, *self._bound, scratch.num_survivors, *arguments, rows,
+                min(tuning.prefill_block, most), overlap,
                 num_warps=tuning.prefill_warps, num_stages=tuning.prefill_stages, **options,
             )  # fmt: skip
 
-        rows, block = tuning.prefill_rows, tuning.prefill_block
-        # Without tensor cores larger tiles spill by the kilobyte.
-        self._prefill = {2: prefill(rows, block), 4: prefill(min(rows, 32), min(block, 32))}
+        common = (score_scale, geo, self.group)
+        self._prefill, self._prefill_stored = {}, {}
+        for itemsize, most in PREFILL_TILES.items():
+            self._prefill[itemsize] = prefill(prefill_kernel, most, scratch.evict, *common)
+            self._prefill_stored[itemsize] = prefill(
+                prefill_stored_kernel, most, *common, self._config.evict
+            )
         self._decode, self._merge = {}, {}
         for merges in (False, True):
             self._decode[merges] = Launcher(
@@ -91,8 +104,11 @@ class TritonOps(TritonStore):
             )  # fmt: skip
 
     def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
-        """Launch each kernel, for one layer of two batches of one request of the null state."""
-        for tokens in (2, 1):
+        """Launch each kernel, for one layer of batches of one request of the null state."""
+        lengths = [2, 1]
+        if self._flash is not None:  # it has a kernel of its own for what is longer than a window
+            lengths.insert(0, min(self.state.layout.ring_size + 1, self.max_tokens))
+        for tokens in lengths:
             int32 = {"dtype": torch.int32, "device": self.device}
             start, length = torch.arange(2, **int32) * tokens, torch.full((1,), tokens, **int32)
             batch = Batch(1, tokens, tokens, torch.zeros(1, 1, **int32), start, length)
@@ -127,6 +143,10 @@ class TritonOps(TritonStore):
                 f"scratch's {self.max_num_seqs} and {self.max_tokens}"
             )
         self._batch = batch
+        if self._flash is not None and batch.max_query_len > 1:
+            self._chunk_starts = batch.query_start[batch.first_chunk : batch.num_reqs + 1]
+            leaves = self._config.evict and batch.max_query_len > self.state.layout.ring_size
+            self._reads_stored = batch.may_go_on or leaves
         programs, rows = self.schedule.PROGRAMS, batch.num_reqs * self.heads
         self._decode_merges = programs <= self.tuning.merge_cuts * rows
         # Twice the parts of a row of average length: rows of few requests are cut into many.
@@ -150,11 +170,23 @@ class TritonOps(TritonStore):
         num_heads = self.heads * self.group
         q, o = self._kind("query", query, num_heads), self._kind("output", output, num_heads)
         k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
-        rows, launch = self._prefill[4 if query.element_size() == 4 else 2]
-        launch(
-            self._flat_grid(batch, rows // self.group), (q, k, v, o), query, key, value, output,
-            q[0], k[0], v[0], o[0], batch.num_reqs, layer,
-        )  # fmt: skip
+        itemsize = query.element_size()
+        if self._flash is None:
+            rows, launch = self._prefill[itemsize]
+            launch(
+                self._flat_grid(batch, rows // self.group), (q, k, v, o), query, key, value, output,
+                q[0], k[0], v[0], o[0], batch.num_reqs, layer,
+            )  # fmt: skip
+            return
+        lse = self._flash(
+            query, key, value, self._chunk_starts, batch.max_query_len, self._flash_window, output
+        )
+        if self._reads_stored:
+            rows, launch = self._prefill_stored[itemsize]
+            launch(
+                self._flat_grid(batch, rows // self.group), (q, o), query, output, lse,
+                q[0], o[0], lse.stride(0), batch.num_reqs, layer,
+            )  # fmt: skip
 
     def decode(self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
         self._check_step(batch)

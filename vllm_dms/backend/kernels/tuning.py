@@ -1,4 +1,4 @@
-"""Launch parameters of the kernels, chosen on an H200 (`bench_kernels.py --tune` searches)."""
+"""Launch parameters of the kernels, chosen on an H200 (`benchmarks/tune_kernels.py` searches)."""
 
 from dataclasses import dataclass, replace
 

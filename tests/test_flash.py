@@ -1,0 +1,140 @@
+"""Prefill by FlashAttention for a chunk itself, and by `prefill_stored_kernel` for the rest. Here
+plain PyTorch stands in for FlashAttention, which a GPU without it also has to do without."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_cases import SMALL, Case, check
+
+from vllm_dms.backend.attention import chunks
+from vllm_dms.backend.flash import find_flash
+
+CASE = Case(tuning=replace(SMALL, programs=8, copy_block=16))
+
+
+class PlainFlash:
+    """`backend.flash.Flash` in plain PyTorch; ``calls``: lengths and window of each."""
+
+    def __init__(self, scale):
+        self.scale, self.calls = scale, []
+
+    def __call__(self, query, key, value, starts, longest, window, output):
+        lse = torch.full((query.shape[1], len(query)), float("nan"), device=query.device)
+        starts = starts.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        assert max(lengths) <= longest
+        self.calls.append((lengths, window))
+        group = query.shape[1] // key.shape[1]
+        for start, length in zip(starts, lengths, strict=False):
+            rows = slice(start, start + length)
+            q, k, v = (x[rows].float().transpose(0, 1) for x in (query, key, value))
+            k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+            age = torch.arange(length).unsqueeze(1) - torch.arange(length)
+            seen = (age >= 0) & ((age <= window) | (window < 0))
+            scores = (q @ k.mT * self.scale).masked_fill(~seen.to(q.device), float("-inf"))
+            output[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(output.dtype)
+            lse[:, rows] = scores.logsumexp(-1)
+        return lse
+
+
+FLASH = replace(CASE, flash=PlainFlash)
+
+
+@pytest.mark.parametrize("chunks", [(256,), (33, 1, 5, 1), (64, 17)], ids=str)
+@pytest.mark.parametrize("window", [1, 7, 16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_flash_and_the_rest_equal_the_plain_operations(window, shift, chunks):
+    check(replace(FLASH, window=window, shift=shift, chunks=chunks, lengths=(1, 40, 77)))
+
+
+@pytest.mark.parametrize("chunks", [(256,), (33, 1, 5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [{"dim": 80, "heads": 2, "group": 3, "page": 16}, {"group": 8}])
+def test_without_eviction_a_chunk_sees_all_of_itself(shape, chunks):
+    check(replace(FLASH, evict=False, layers=1, chunks=chunks, lengths=(1, 70, 55), **shape))
+
+
+class Watched:
+    """A harness of one case, which says what a step asked for: lengths of the requests that flash
+    attended to, its window, and whether what is stored was read."""
+
+    def __init__(self, **changes):
+        case = replace(FLASH, layers=1, window=7, **changes)
+        self.harness, self.seqs = case.harness(kernels=True), case.sequences()
+        self.read = []
+        launchers = self.harness.ops._prefill_stored
+        for itemsize, (rows, launch) in launchers.items():
+            launchers[itemsize] = rows, lambda *args, launch=launch: self.read.append(launch(*args))
+        for index in range(len(self.seqs)):
+            self.harness.start(index)
+
+    def step(self, *counts):
+        self.read.clear()
+        self.harness.ops._flash.calls.clear()
+        work = zip(range(len(counts)), self.seqs, counts, strict=False)
+        self.harness.step([part for part in work if part[2]])
+        (call,) = self.harness.ops._flash.calls or [None]
+        return call, bool(self.read)
+
+
+@pytest.mark.parametrize(("prompt", "leaves"), [(7, False), (8, False), (9, True)])
+def test_a_prompt_that_no_token_leaves_the_window_of_is_only_flash_s(prompt, leaves):
+    """A query sees the window of 7 tokens and itself."""
+    assert Watched(lengths=(20,)).step(prompt) == (([prompt], 7), leaves)
+    assert Watched(lengths=(20,), evict=False).step(prompt) == (([prompt], -1), False)
+
+
+@pytest.mark.parametrize("evict", [True, False])
+def test_what_is_stored_is_read_where_a_chunk_goes_on(evict):
+    window = 7 if evict else -1
+    watched = Watched(lengths=(40, 40, 40), evict=evict)
+    assert watched.step(3) == (([3], window), False)
+    assert watched.step(1, 1) == (None, False)
+    assert watched.step(1, 1, 5) == (([5], window), False), "no more than the chunk's own tokens"
+    assert watched.step(4, 1, 2) == (([4, 1, 2], window), True)
+
+
+def test_the_builder_tells_where_chunks_are_and_whether_they_go_on():
+    def told(*requests):
+        """Of (tokens stored, query tokens) each."""
+        stored, counts = torch.tensor(requests).T
+        starts = torch.cat([counts[:1] * 0, counts.cumsum(0)]).int()
+        known = {"query_start_loc_cpu": starts, "seq_lens_cpu_upper_bound": stored + counts}
+        return chunks(SimpleNamespace(num_reqs=len(counts), max_query_len=max(counts), **known))
+
+    assert told((9, 1), (0, 1)) == (0, False)
+    assert told((9, 1), (0, 1), (0, 2), (0, 30)) == (2, False)
+    assert told((9, 1), (0, 4), (1, 30), (0, 0)) == (1, True)
+    assert told((0, 4), (9, 1)) == (0, False)
+
+
+def flash_of_vllm(scale, dim=128, dtype=torch.bfloat16):
+    flash = find_flash(dim, dtype, scale, torch.device("cuda"))
+    if flash is None:
+        pytest.skip("no FlashAttention 3")
+    return flash
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("evict", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "storage", "dim", "heads", "group"),
+    [
+        (torch.bfloat16, "model", 128, 8, 4),
+        (torch.bfloat16, "fp8", 128, 8, 4),
+        (torch.bfloat16, "int4", 128, 8, 4),
+        (torch.float16, "model", 64, 2, 8),
+        (torch.bfloat16, "model", 80, 3, 1),
+        (torch.bfloat16, "fp8", 256, 2, 2),
+    ],
+    ids=str,
+)
+def test_flash_of_vllm_on_the_gpu(dtype, storage, dim, heads, group, evict):
+    shape = {"dim": dim, "heads": heads, "group": group, "window": 64, "page": 16}
+    flash = partial(flash_of_vllm, dim=dim, dtype=dtype)
+    case = Case(**shape, dtype=dtype, storage=storage, evict=evict, tuning=None, flash=flash)
+    for lengths in [(256,), (100, 1, 1, 37), (65, 64, 66, 1)]:
+        check(replace(case, lengths=(1, 130, 250), chunks=lengths))

@@ -1,0 +1,67 @@
+"""vLLM's FlashAttention 3 for what is plain in prefill: a chunk's attention to itself.
+
+A query sees all of its window, and of its own chunk nothing older counts here: survivors are read
+where they are stored (`kernels.prefill_stored`). Without eviction it sees all of the chunk.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+MAX_HEAD_DIM = 256  # of FlashAttention 3
+
+
+class Flash(Protocol):
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+        window: int,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Causal attention of each request to its own query tokens, up to ``window`` before each;
+        -1: to all. ``starts`` int32 [requests + 1], first query tokens and the end; ``longest``
+        bounds their lengths. Writes ``output``; returns the natural logarithm of each query's sum
+        of weights, float32 [H * G, T]. Shapes as in `ops`."""
+
+
+class FlashAttention3:
+    """`Flash` by vLLM's own kernel."""
+
+    def __init__(self, function: Any, scale: float) -> None:
+        self._function, self._scale = function, scale
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+        window: int,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        # One split: more would allocate a copy of the output for each.
+        _, lse = self._function(
+            query, key, value, longest, starts, longest, starts, softmax_scale=self._scale,
+            causal=True, window_size=(window, 0 if window >= 0 else -1), out=output,
+            return_softmax_lse=True, num_splits=1, fa_version=3,
+        )  # fmt: skip
+        return lse
+
+
+def find_flash(
+    head_dim: int, dtype: torch.dtype, scale: float, device: torch.device
+) -> Flash | None:
+    """Where vLLM would use FlashAttention 3 itself, that; else None. Asks vLLM's current config,
+    so that `--attention-config.flash_attn_version` holds here as well."""
+    if device.type != "cuda" or dtype.itemsize != 2 or head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return None
+    from vllm.v1.attention.backends import fa_utils
+
+    if fa_utils.get_flash_attn_version(head_size=head_dim) != 3:
+        return None
+    return FlashAttention3(fa_utils.flash_attn_varlen_func, scale)

@@ -12,12 +12,18 @@ import json
 from pathlib import Path
 
 import torch
-from kernel_arena import STORAGE, Arena
-from kernel_timing import copy_bandwidth, time_copy, time_graph
+from kernel_arena import GROUP, HEAD_DIM, HEADS, SCALE, STORAGE, Arena
+from kernel_timing import copy_bandwidth, time_copy, time_flash, time_graph
 from record import certificate, command_and_date
 
+from vllm_dms.backend.flash import find_flash
+
 BATCHES = (1, 8, 32, 64, 128, 256, 480)
-PREFILLS = ((2048, 0), (8192, 0), (2048, 8192), (2048, 32768))  # query tokens, tokens stored before
+# Query tokens, tokens stored before.
+PREFILLS = (
+    *((chunk, 0) for chunk in (128, 512, 1024, 2048, 4096, 8192)),
+    *((2048, stored) for stored in (8192, 32768)),
+)
 
 
 def gate(name: str, rows: tuple[torch.Tensor, torch.Tensor], limit: float = 1e-2) -> None:
@@ -67,14 +73,16 @@ def bench_decode(storage: str, batch: int) -> dict:
     }
 
 
-def bench_prefill(storage: str, chunk: int, stored: int) -> dict:
-    """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens."""
-    arena = Arena(STORAGE[storage], 1, chunk, stored)
+def bench_prefill(storage: str, chunk: int, stored: int, evict: bool) -> dict:
+    """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens, and of stock vLLM's
+    dense attention to as many."""
+    flash = find_flash(HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda"))
+    arena = Arena(STORAGE[storage], 1, chunk, stored, evict=evict, flash=flash)
     gate_store(f"store {storage} {chunk} after {stored}", arena)
     arena.store(0)
     arena.prefill(0)
     gate(f"prefill {storage} {chunk} after {stored}", arena.attended_rows(0), 2e-2)
-    prefill = time_graph(lambda: arena.prefill(0), replays=10)
+    prefill = time_graph(lambda: arena.prefill(0), replays=20)
 
     def store() -> None:  # from the same state each time
         arena.restore()
@@ -83,7 +91,9 @@ def bench_prefill(storage: str, chunk: int, stored: int) -> dict:
     restore = time_graph(arena.restore, replays=10)
     return {
         **{"kernel": "prefill", "storage": storage, "chunk": chunk, "stored": stored},
+        **{"evict": evict, "flash": flash is not None},
         "prefill_us": round(prefill, 2),
+        "dense_us": time_flash(HEADS, GROUP, HEAD_DIM, chunk, stored),
         "store_us": round(time_graph(store, replays=10) - restore, 2),
         "store_window_us": round(time_graph(lambda: arena.store_window(0), replays=10), 2),
     }
@@ -102,7 +112,12 @@ def main() -> None:
     report = {**command_and_date(), **certificate(args.commit), "copy_bytes_per_s": copy}
     report["rows"] = []
     jobs = [(bench_decode, storage, batch) for storage in args.storage for batch in args.batches]
-    jobs += [(bench_prefill, storage, *lengths) for storage in args.storage for lengths in PREFILLS]
+    jobs += [
+        (bench_prefill, storage, *lengths, evict)
+        for storage in args.storage
+        for lengths in PREFILLS
+        for evict in (True, False)
+    ]
     for bench, *about in jobs:
         row = bench(*about)
         if "bytes_per_s" in row:

@@ -25,6 +25,31 @@ def time_graph(step: Callable[[], None], replays: int = 30) -> float:
     return statistics.median(spans) * 1000
 
 
+def time_flash(heads: int, group: int, dim: int, chunk: int, stored: int) -> float | None:
+    """Microseconds of a layer's dense causal attention by the FlashAttention that stock vLLM uses
+    on this GPU, bfloat16; None if it has none."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=dim)
+    if version is None:
+        return None
+    kind = {"dtype": torch.bfloat16, "device": "cuda"}
+    query = torch.randn(chunk, heads * group, dim, **kind)
+    key, value = (torch.randn(stored + chunk, heads, dim, **kind) for _ in "kv")
+    of_query, of_key = (
+        torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (chunk, stored + chunk)
+    )
+    output = torch.empty_like(query)
+
+    def attend() -> None:
+        flash_attn_varlen_func(
+            query, key, value, chunk, of_query, stored + chunk, of_key, causal=True, out=output,
+            fa_version=version,
+        )  # fmt: skip
+
+    return time_graph(attend, replays=20)
+
+
 def time_copy(num_bytes: float, copies: int) -> float:
     """Microseconds of a device-to-device copy of so many bytes, read and written ones counted,
     after another one; ``copies`` of them, all of other memory, are in the graph.

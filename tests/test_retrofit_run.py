@@ -102,6 +102,16 @@ def test_the_threshold_moves_to_the_live_ratio_that_was_asked(dense, tmp_path, c
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-7)
     log = (second / "training" / "log.jsonl").read_text().splitlines()
     assert json.loads(log[0])["target_ratio"] == 4 and json.loads(log[0])["share_evicted"] > 0.2
+    third = tmp_path / "3"
+    assert run(source, third, *go_on, "--steps", "0", "--live", "1.2", form=()) == cli.OK
+    moved = read_adapter(third)
+    assert all(torch.equal(moved.tensors[name], value) for name, value in true.items())
+    assert moved.settings["dms_initial_alpha_offset"] > summary["alpha_offset"]
+    said = (third / "README.md").read_text()
+    assert "These are the decisions of 1. The threshold was moved to a live ratio of 1.2" in said
+    with pytest.raises(SystemExit):
+        run(source, third, "--steps", "0", "--live", "1.2", form=())
+    assert "--steps is 0, so nothing is trained" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(source, second, "--live", "7", form=())
     assert "have live ratios between 1 and 6.86" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from .processes import Processes, joined
 from .recipe import Recipe
 from .sharding import check_shard, held
 from .tracking import Tracker, tracking
-from .trainer import LOG, STATE, Trainer
+from .trainer import CALIBRATION_ROWS, LOG, STATE, Trainer
 
 OK, MISSED, STOPPED = 0, 1, 130
 SUMMARY = "summary.json"
@@ -78,6 +78,11 @@ def check(
     checkpoint.check_dense(args.model, recipe.length)
     if processes.shard:
         check_shard(processes, recipe, merged(args, recipe))
+    if not recipe.steps and not (args.init and args.live):
+        raise ValueError(
+            "--steps is 0, so nothing is trained: give --init ADAPTER and --live RATIO, to move "
+            "that adapter's threshold."
+        )
     if args.live:
         check_live(args.live, recipe.window, recipe.length)
     return dtype
@@ -141,7 +146,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[torch.Tensor, t
     if args.eval_data:
         data.check_source(args.eval_data, "--eval-data")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    most = recipe.steps * recipe.batch + args.eval_rows
+    most = max(recipe.steps * recipe.batch, CALIBRATION_ROWS) + args.eval_rows
     rows = data.load_rows(args.data, tokenizer, recipe.length, most, args.split)
     if args.eval_data:
         held = data.load_rows(args.eval_data, tokenizer, recipe.length, args.eval_rows, args.split)
@@ -176,7 +181,7 @@ def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> No
         checkpoint.save_merged(model, trainer.dms, recipe.tau, args.model, args.out, save_dtype)
     else:
         base = args.base_name or str(args.model.resolve())
-        readme = card(base, recipe, args.data, trainer.step, result, args.init)
+        readme = card(base, recipe, args.data, trainer.step, result, args.init, args.live)
         checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype, readme)
     drawn = plot_log(work / LOG, work / "curves.png")
     if not plot_evaluation({"reached": result}, args.out / "evaluation.png") or not drawn:

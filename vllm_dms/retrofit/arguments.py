@@ -13,7 +13,7 @@ HELP = {
     "dialect": "adapter: extra weights, the base model is untouched; borrowed: a query channel of "
     "each KV head, which attention loses at once (on a small model a KL of 0.2)",
     "train": "decisions: only what decides; all: every weight",
-    "steps": "optimizer steps",
+    "steps": "optimizer steps; 0: --init as it is, of which --live moves the threshold",
     "batch": "rows a step",
     "micro_batch": "rows a forward",
     "length": "tokens a row",

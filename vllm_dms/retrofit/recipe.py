@@ -34,7 +34,7 @@ class Recipe:
             "window": (self.window >= 1, "at least 1 token"),
             "dialect": (self.dialect in ("adapter", "borrowed"), "adapter or borrowed"),
             "train": (self.train in ("decisions", "all"), "decisions or all"),
-            "steps": (self.steps >= 1, "at least 1"),
+            "steps": (self.steps >= 0, "at least 0"),
             "batch": (self.batch >= 1, "at least 1"),
             "micro_batch": (
                 self.micro_batch >= 1 and self.batch % self.micro_batch == 0,

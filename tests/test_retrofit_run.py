@@ -125,9 +125,11 @@ def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811
     run(source, tmp_path / "adapter", form=())
     out = tmp_path / "report.json"
     paths = [tmp_path / "adapter", "--base", source, "--data", source / "text.txt", "--out", out]
-    settings = ["--length", "48", "--controls", "--dtype", "float32"]
+    settings = ["--length", "48", "--controls"]
     evaluation.main([*map(str, paths), *settings])
-    arms = json.loads(out.read_text())["arms"]
+    found = json.loads(out.read_text())
+    arms = found["arms"]
+    assert found["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
     live = [arm["live_compression"] for arm in arms.values()]
     assert list(arms) == ["dms", "random eviction", "window only"] and live[0] > 1.3
     assert all(abs(x / live[0] - 1) < 0.1 for x in live)

@@ -55,6 +55,28 @@ def test_a_record_without_text_is_named(tmp_path, record):
         list(data.read_texts(path, Bytes()))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": "tw',
+            r"a\.jsonl can't be read after record 1: Unter",
+        ),
+        ("a.json", b"[", r"a\.json can't be read after record 0"),
+        ("a.txt", b"\xff\xfe", r"a\.txt can't be read after record 0: 'utf-8' codec"),
+        ("a.parquet", b"PAR1nothing", r"a\.parquet can't be read after record 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value[:2] == "a." else "",
+)
+def test_a_broken_source_is_named(tmp_path, name, content, message):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow.parquet")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(data.read_texts(tmp_path / name, Bytes()))
+
+
 def test_messages_need_a_template():
     with pytest.raises(ValueError, match="no chat template"):
         data.document(RECORDS[1], "here", SimpleNamespace(chat_template=None))
@@ -95,8 +117,8 @@ def test_pieces_change_no_token(monkeypatch):
 
 
 def test_less_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="less than one row of 8 tokens"):
-        data.pack([[1, 2]], 8, eos=0)
+    with pytest.raises(ValueError, match=r"a\.txt with b\.txt holds less than one row of 8 tokens"):
+        data.pack([[1, 2]], 8, eos=0, source="a.txt with b.txt")
 
 
 def test_sources_are_mixed_in_equal_parts(tmp_path):

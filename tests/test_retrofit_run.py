@@ -61,6 +61,21 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == list(range(12))
 
 
+def test_a_signal_while_loading_is_no_traceback(dense, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def load_data(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_data", load_data)
+    assert run(dense("qwen3", attention_bias=False), tmp_path) == cli.STOPPED
+    assert capsys.readouterr().out == "stopped\n"
+
+
+def test_the_last_step_is_told(dense, tmp_path, capsys):  # noqa: F811
+    run(dense("qwen3", attention_bias=False), tmp_path, "--log-every", "5")
+    log = (tmp_path / "training" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [0, 5, 10, 11]
+
+
 def test_no_time_is_no_step(dense, tmp_path, capsys):  # noqa: F811
     """Loading alone takes longer, so there is nothing left to train in."""
     source = dense("qwen3", attention_bias=False)
@@ -112,12 +127,15 @@ def test_the_threshold_moves_to_the_live_ratio_that_was_asked(dense, tmp_path, c
     with pytest.raises(SystemExit):
         run(source, third, "--steps", "0", "--live", "1.2", form=())
     assert "--steps is 0, so nothing is trained" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(source, second, "--live", "7", form=())
-    assert "have live ratios between 1 and 6.86" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(source, second, "--init", str(first), "--dialect", "borrowed", form=())
-    assert "an adapter goes on as an adapter" in capsys.readouterr().err
+    refused = {
+        ("--live", "7"): "have live ratios between 1 and 6.86",
+        ("--init", str(first), "--dialect", "borrowed"): "an adapter goes on as an adapter",
+        ("--init", str(first), "--window", "7"): "was trained with 6: give --window 6.",
+    }
+    for number, (settings, message) in enumerate(refused.items(), 4):
+        with pytest.raises(SystemExit):
+            run(source, tmp_path / str(number), *settings, form=())
+        assert message in capsys.readouterr().err
 
 
 def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811

@@ -14,6 +14,7 @@ from .calibrate import check_live
 from .card import card
 from .determinism import deterministic
 from .evaluation import arm_line
+from .output import SUMMARY, TRAINING, check_out, check_room, finished
 from .plot import plot_evaluation, plot_log
 from .processes import Processes, joined
 from .recipe import Recipe
@@ -21,8 +22,7 @@ from .sharding import check_shard, held
 from .tracking import Tracker, tracking
 from .trainer import CALIBRATION_ROWS, LOG, STATE, Trainer
 
-OK, MISSED, STOPPED = 0, 1, 130
-SUMMARY = "summary.json"
+OK, MISSED, REFUSED, STOPPED = 0, 1, 2, 130
 SLACK = 0.9  # of the ratio that was asked for: less is a miss
 
 
@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         with deterministic(args.deterministic), joined() as (processes, device):
             return retrofit(args, processes, device)
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(REFUSED, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:  # while it loads, or after the last step
+        state = args.out / TRAINING / STATE
+        print(f"stopped: --resume goes on from {state}" if state.is_file() else "stopped")
+        return STOPPED
 
 
 def merged(args: argparse.Namespace, recipe: Recipe) -> bool:
@@ -47,11 +51,12 @@ def retrofit(args: argparse.Namespace, processes: Processes, device: torch.devic
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     processes = replace(processes, shard=args.shard)
     dtype = check(args, recipe, processes, device)
-    work = args.out / "training"
+    work = args.out / TRAINING
     if args.resume and not (work / STATE).is_file():
-        if (work / SUMMARY).is_file():
+        result = finished(args.out, recipe)
+        if result:
             processes.say(f"{args.out} is finished: nothing to resume")
-            return OK
+            return report(recipe, result, args.live) if processes.main else OK
         processes.say(f"{work / STATE} is not there: starting at step 0")
     with tracking(args.report_to, work, recipe, processes.main) as tracker:
         train_rows, eval_rows = load_data(args, recipe)
@@ -85,6 +90,8 @@ def check(
         )
     if args.live:
         check_live(args.live, recipe.window, recipe.length)
+    if processes.main:
+        check_out(args.out, args.resume)
     return dtype
 
 
@@ -99,7 +106,7 @@ def make_trainer(
     """At step 0, or where --resume finds it."""
     model = checkpoint.load_dense(args.model, dtype, recipe.length)
     model = model if processes.shard else model.to(device)
-    work = args.out / "training"
+    work = args.out / TRAINING
     trainer = Trainer(
         model,
         rows,
@@ -110,6 +117,8 @@ def make_trainer(
         init=args.init,
         device=device,
     )
+    if processes.main:
+        check_room(args.out, model, merged(args, recipe), getattr(torch, args.save_dtype).itemsize)
     processes.say(description(trainer, dtype))
     if args.resume and (work / STATE).is_file():
         trainer.resume()
@@ -183,9 +192,6 @@ def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> No
         base = args.base_name or str(args.model.resolve())
         readme = card(base, recipe, args.data, trainer.step, result, args.init, args.live)
         checkpoint.save_adapter(model, trainer.dms, recipe.tau, base, args.out, save_dtype, readme)
-    drawn = plot_log(work / LOG, work / "curves.png")
-    if not plot_evaluation({"reached": result}, args.out / "evaluation.png") or not drawn:
-        print("no plots: matplotlib is not installed")
     summary = {
         "recipe": recipe.to_dict(),
         "steps": trainer.step,
@@ -194,6 +200,9 @@ def write_result(args: argparse.Namespace, trainer: Trainer, result: dict) -> No
         "evaluation": result,
     }
     (work / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    drawn = plot_log(work / LOG, work / "curves.png")
+    if not plot_evaluation({"reached": result}, args.out / "evaluation.png") or not drawn:
+        print("no plots: matplotlib is not installed")
 
 
 def report(recipe: Recipe, result: dict, live: float | None = None) -> int:

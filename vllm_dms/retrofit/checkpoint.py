@@ -169,10 +169,22 @@ def prepare(model: nn.Module, dms: DMSConfig, train_all: bool) -> dict[str, nn.P
     return trained
 
 
-def start_from(path: Path, model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+def start_from(
+    path: Path, model: nn.Module, dms: DMSConfig, trained: dict[str, nn.Parameter]
+) -> None:
     """The decisions of the adapter in `path` into the model's own."""
     adapter = read_adapter(path)
     check_against_base(adapter, model.config)
+    for key, flag, mine in (
+        ("dms_window_size", "--window", dms.window),
+        ("dms_alpha_scale", "--alpha-scale", dms.alpha_scale),
+    ):
+        theirs = adapter.settings.get(key, mine)
+        if theirs != mine:
+            raise ValueError(
+                f"{flag} is {mine:g}, but --init {path} was trained with {theirs:g}: give {flag} "
+                f"{theirs:g}."
+            )
     absent = sorted(set(adapter.tensors) ^ {name for name in trained if "dms_" in name})
     if absent:
         raise ValueError(

@@ -42,26 +42,35 @@ def _library(name: str, what: str):
 
 def read_texts(source: str | Path, tokenizer=None, split: str = "train") -> Iterator[str]:
     """The documents of a source; plain text is one. tokenizer: for records with messages."""
-    path = Path(source)
-    if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
-        yield path.read_text()
-        return
-    for number, record in enumerate(_records(path, str(source), split), 1):
+    for number, record in enumerate(_records(str(source), split), 1):
         yield document(record, f"{source}, record {number}", tokenizer)
 
 
-def _records(path: Path, name: str, split: str) -> Iterator[object]:
+def _records(name: str, split: str) -> Iterator[object]:
+    """Errors say in which source they are, and how far it was read."""
+    number = 0
+    try:
+        for record in _read(Path(name), name, split):
+            yield record
+            number += 1
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} can't be read after record {number}: {error}") from None
+
+
+def _read(path: Path, name: str, split: str) -> Iterator[object]:
     if path.suffix == ".jsonl":
-        with path.open() as lines:
+        with path.open(encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
     elif path.suffix == ".json":
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
         yield from found if isinstance(found, list) else [found]
     elif path.suffix == ".parquet":
         import pyarrow.parquet
 
         for group in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from group.to_pylist()
+    elif path.is_file():
+        yield {TEXT: path.read_text("utf-8")}
     else:
         import datasets
 
@@ -113,10 +122,14 @@ def tokenize(texts: Iterable[str], tokenizer) -> Iterator[np.ndarray]:
 
 
 def pack(
-    documents: Iterable[Sequence[int] | np.ndarray], length: int, eos: int, most: int | None = None
+    documents: Iterable[Sequence[int] | np.ndarray],
+    length: int,
+    eos: int,
+    most: int | None = None,
+    source: str = "the data",
 ) -> torch.Tensor:
     """Token ids -> int32 (rows, length), at most `most` rows: documents cut and joined by eos; an
-    unfinished last row is dropped.
+    unfinished last row is dropped. source: what errors call it.
 
     A document of exactly `length` tokens that starts a row fills it alone.
     """
@@ -131,7 +144,7 @@ def pack(
             break
     if not count:
         raise ValueError(
-            f"the data holds less than one row of {length} tokens: give more text or a lower "
+            f"{source} holds less than one row of {length} tokens: give more text or a lower "
             "--length."
         )
     return torch.from_numpy(np.concatenate(rows)[:most])
@@ -159,7 +172,9 @@ def load_rows(
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     documents = [tokenize(read_texts(name, tokenizer, split), tokenizer) for name in names]
     files = all(Path(name).is_file() for name in names)
-    return pack(mixed(documents), length, eos, None if files else most)
+    return pack(
+        mixed(documents), length, eos, None if files else most, " with ".join(map(str, names))
+    )
 
 
 def batch(rows: torch.Tensor, step: int, size: int, seed: int) -> torch.Tensor:

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(weights_dir(args.model, args.base))
         rows = data.load_rows(args.data, tokenizer, args.length, args.rows or 64)[: args.rows]
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     with deterministic():
         evaluation = Evaluation(model.to(device), dms, rows)
         arms = evaluation.with_controls() if args.controls else {"dms": evaluation.served()}

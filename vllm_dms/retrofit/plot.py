@@ -64,7 +64,9 @@ def plot_evaluation(arms: dict[str, dict], png: Path) -> bool:
         for axis, key in ((ratio, "live_compression"), (kl, "kl_mean"), (top, "top1_agreement")):
             axis.plot(list(at), [found[key] for found in at.values()], "o-", label=name)
     ratio.set(xlabel="tokens", title="live compression")
-    kl.set(xlabel="tokens", title="mean KL, nats", yscale="log" if len(arms) > 1 else "linear")
+    kl.set(xlabel="tokens", title="mean KL, nats")
+    if len(arms) > 1:
+        kl.set_yscale("symlog", linthresh=1e-3)
     top.set(xlabel="tokens", title="same most likely token")
     kl.legend()
     shown = rates.imshow(

@@ -60,7 +60,7 @@ class Trainer:
         self.teacher = model if shared else copy.deepcopy(model).requires_grad_(False)
         self.trained = prepare(model, self.dms, recipe.train == "all")
         if init:
-            start_from(init, model, self.trained)
+            start_from(init, model, self.dms, self.trained)
         if self.processes.shard:
             shard(model, self.trained.values(), device or model.device, self.processes.size)
         self.optimizer = torch.optim.AdamW(
@@ -140,7 +140,8 @@ class Trainer:
                     )
                 if share >= 1 or stopped:
                     break
-                record = self.train_step(share, with_record=self.step % log_every == 0)
+                last = self.step == self.recipe.steps - 1
+                record = self.train_step(share, with_record=last or self.step % log_every == 0)
                 if record and log:
                     log.write(json.dumps(record) + "\n")
                     log.flush()

@@ -70,6 +70,13 @@ def test_a_signal_while_loading_is_no_traceback(dense, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == "stopped\n"
 
 
+@pytest.mark.parametrize("flag", ["--eval-rows", "--log-every"])
+def test_none_is_too_few(dense, tmp_path, capsys, flag):  # noqa: F811
+    with pytest.raises(SystemExit):
+        run(dense("qwen3", attention_bias=False), tmp_path, flag, "0")
+    assert f"{flag} is 0, but it must be at least 1" in capsys.readouterr().err
+
+
 def test_the_last_step_is_told(dense, tmp_path, capsys):  # noqa: F811
     run(dense("qwen3", attention_bias=False), tmp_path, "--log-every", "5")
     log = (tmp_path / "training" / "log.jsonl").read_text().splitlines()

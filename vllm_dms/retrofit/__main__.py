@@ -80,6 +80,9 @@ def check(
         raise ValueError(
             "--train all needs --dtype float32: bfloat16 weights swallow small updates."
         )
+    for flag, value in (("--eval-rows", args.eval_rows), ("--log-every", args.log_every)):
+        if value < 1:
+            raise ValueError(f"{flag} is {value}, but it must be at least 1.")
     checkpoint.check_dense(args.model, recipe.length)
     if processes.shard:
         check_shard(processes, recipe, merged(args, recipe))

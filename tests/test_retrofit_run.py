@@ -163,6 +163,19 @@ def test_controls_hold_as_many_tokens(dense, tmp_path, capsys):  # noqa: F811
         assert picture.stat().st_size > 10_000
 
 
+def test_an_evaluation_that_cannot_be_is_refused(dense, tmp_path, capsys):  # noqa: F811
+    """A result that could not be written above all: it takes long to have."""
+    source = dense("llama", attention_bias=False)
+    for model, out, message in (
+        (source, tmp_path / "none" / "report.json", "there is no directory"),
+        (tmp_path / "none", tmp_path / "report.json", "has no config.json"),
+        (source, tmp_path / "report.json", "it is not a DMS checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            evaluation.main([str(model), "--data", str(source / "text.txt"), "--out", str(out)])
+        assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_compare_is_the_kl_of_whole_logits(monkeypatch):
     monkeypatch.setattr(evaluation, "TOKEN_CHUNK", 3)
     torch.manual_seed(0)

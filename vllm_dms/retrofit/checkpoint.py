@@ -79,6 +79,8 @@ def load_dms(
     """A whole checkpoint, or an adapter's directory and its base (default: the one it names), with
     adapter weights where `forward` looks for them."""
     base = weights_dir(path, base)
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{base} has no config.json: it is no model's directory.")
     raw, adapter = json.loads((base / "config.json").read_text()), None
     if base != path:
         adapter = read_adapter(path)

@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     try:
+        if args.out and not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no directory {args.out.parent}.")
         data.check_source(args.data)
         model, dms = checkpoint.load_dms(args.model, getattr(torch, dtype), args.base)
         tokenizer = AutoTokenizer.from_pretrained(weights_dir(args.model, args.base))

@@ -81,6 +81,7 @@ def test_the_last_step_is_told(dense, tmp_path, capsys):  # noqa: F811
     run(dense("qwen3", attention_bias=False), tmp_path, "--log-every", "5")
     log = (tmp_path / "training" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [0, 5, 10, 11]
+    assert "step 12/12" in capsys.readouterr().out
 
 
 def test_no_time_is_no_step(dense, tmp_path, capsys):  # noqa: F811

@@ -27,7 +27,7 @@ class Progress:
         step, now = record["step"], time.monotonic()
         if step == self.first:
             self.compiled = now
-        elif now - self.said < LINE_SECONDS:
+        elif step < self.recipe.steps - 1 and now - self.said < LINE_SECONDS:
             return
         self.said = now
         print(self.line(step, now, record), flush=True)

@@ -139,6 +139,21 @@ def test_side_state_stays_below_half_a_gibibyte(window, max_num_seqs, max_model_
     assert per_block < 0.002 * layout.block_bytes
 
 
+def test_int4_holds_32k_tokens_in_a_25th_of_bfloat16s_bytes():
+    """Qwen3-8B's shape, window 512, of what leaves it 12.6 % kept on average:
+    blocks that a request holds, and its share of all that lies beside them."""
+    num_tokens, max_num_seqs = 32768, 64
+    sizes = {"num_layers": 36, "num_kv_heads": 8, "head_dim": 128, "window": 512}
+    sizes |= {"page_size": choose_page_size(512), "max_model_len": num_tokens + 512}
+    layout = make_layout("int4", torch.bfloat16, **sizes)
+    keep = torch.tensor([0.02, 0.05, 0.09, 0.16, 0.31]).repeat(58)[: layout.num_rows]
+    live = layout.ring_size + (keep * (num_tokens - layout.ring_size)).long()
+    num_blocks = -(-int((-(-live // layout.page_size)).sum()) // layout.pages_per_block)
+    side = layout.side_bytes(max_num_seqs, 8192, max_num_seqs * num_blocks) / max_num_seqs
+    dense = layout.num_rows * num_tokens * 2 * layout.head_dim * torch.bfloat16.itemsize
+    assert 25.5 < dense / (num_blocks * layout.block_bytes + side) < 26.5
+
+
 def test_the_ledger_needs_no_torch():
     script = "import sys, vllm_dms.core.ledger; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -3,16 +3,21 @@ FlashAttention 3 stands in where flash_attn is not installed."""
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
 from load import Load, run, timed
 
 
-def map_flash_attn() -> str:
-    """Returns which FlashAttention it is."""
+@contextmanager
+def flash_attn() -> Iterator[str]:
+    """While FastDMS is imported. Says which FlashAttention it is."""
     if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attn"
+        yield "flash_attn"
+        return
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     def varlen(q: Any, k: Any, v: Any, **kwargs: Any) -> torch.Tensor:
@@ -28,14 +33,17 @@ def map_flash_attn() -> str:
         )  # fmt: skip
         return out.unsqueeze(1)
 
-    sys.modules["flash_attn"] = module = type(sys)("flash_attn")
+    module = type(sys)("flash_attn")
     module.flash_attn_varlen_func, module.flash_attn_with_kvcache = varlen, with_kvcache
-    return "vLLM's FlashAttention 3"
+    module.__spec__ = ModuleSpec("flash_attn", None)  # transformers asks for it
+    sys.modules["flash_attn"] = module
+    yield "vLLM's FlashAttention 3"
+    del sys.modules["flash_attn"]
 
 
 def measure(load: Load) -> dict[str, Any]:
-    attention = map_flash_attn()
-    from fastdms import LLM, SamplingParams
+    with flash_attn() as attention:
+        from fastdms import LLM, SamplingParams
 
     engine = LLM(
         f"{load.model}/dms",

@@ -78,8 +78,11 @@ def end_on_signals() -> None:
 
 
 def first_error(log: Path) -> str:
-    """The exception that came first: later ones say that a process is gone."""
-    found = re.search(r"\w+Error: .+", log.read_text(errors="replace"))
+    """The exception that came first: later ones say that a process is gone. Warnings name some that
+    were handled."""
+    lines = log.read_text(errors="replace").splitlines()
+    text = "\n".join(line for line in lines if " WARNING " not in line)
+    found = re.search(r"\w+Error: .+", text)
     return found.group()[:400] if found else f"see {log.name}"
 
 

@@ -110,7 +110,7 @@ def test_a_stock_arm_has_no_plugin_and_no_arm_more_time_than_there_is(tmp_path):
     with pytest.raises(RunError, match=r"out of time: see x\.log"):
         processes.run(ARMS["bf16"], ["sleep", "60"], log, time.monotonic() + 0.5)
     with pytest.raises(RunError, match="exit code 1: OSError: first"):
-        failing = "print('OSError: first'); raise KeyError('later')"
+        failing = "print(' WARNING ImportError: no'); print('OSError: first'); raise KeyError('x')"
         processes.run(ARMS["bf16"], [sys.executable, "-uc", failing], log, time.monotonic() + 60)
 
 

@@ -123,7 +123,7 @@ class TritonOps(TritonStore):
                 self.store(batch, 0, key, value, alpha)
             else:
                 given = alpha if self._config.adapter else None
-                positions = start[:tokens].long()
+                positions = torch.zeros(tokens, dtype=torch.int64, device=self.device)
                 self.store_projection(batch, 0, projection, qkv, positions, given, rotated)
             if tokens > 1:
                 self.prefill(batch, 0, query, key, value, output)

@@ -111,6 +111,8 @@ class TritonStore:
         self._check_step(batch)
         if self._project is None:
             self._project = self._bind_project(projection.eps)
+        if positions.shape[0] != qkv.shape[0]:
+            check("positions of the projection's tokens", positions.shape[0], qkv.shape[0])
         out = views(qkv, rotated, self.heads, self.group, self.head_dim)
         cache = projection.rotary.cos_sin_cache
         strides = (0, 0) if alpha is None else alpha.stride()

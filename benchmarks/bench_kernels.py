@@ -73,10 +73,10 @@ def bench_decode(storage: str, batch: int) -> dict:
     }
 
 
-def bench_prefill(storage: str, chunk: int, stored: int, evict: bool) -> dict:
+def bench_prefill(storage: str, chunk: int, stored: int, evict: bool, fast: bool) -> dict:
     """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens, and of stock vLLM's
-    dense attention to as many."""
-    flash = find_flash(HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda"))
+    dense attention to as many. ``fast``: with FlashAttention 3."""
+    flash = find_flash(HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda")) if fast else None
     arena = Arena(STORAGE[storage], 1, chunk, stored, evict=evict, flash=flash)
     gate_store(f"store {storage} {chunk} after {stored}", arena)
     arena.store(0)
@@ -91,7 +91,7 @@ def bench_prefill(storage: str, chunk: int, stored: int, evict: bool) -> dict:
     restore = time_graph(arena.restore, replays=10)
     return {
         **{"kernel": "prefill", "storage": storage, "chunk": chunk, "stored": stored},
-        **{"evict": evict, "flash": flash is not None},
+        **{"evict": evict, "flash": fast},
         "prefill_us": round(prefill, 2),
         "dense_us": time_flash(HEADS, GROUP, HEAD_DIM, chunk, stored),
         "store_us": round(time_graph(store, replays=10) - restore, 2),
@@ -103,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--storage", nargs="+", choices=STORAGE, default=list(STORAGE))
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="of decode")
+    parser.add_argument("--flash", action="store_true", help='prefill of `"kernels": "flash"`')
     parser.add_argument("--json", type=Path, required=True, help="where results go")
     parser.add_argument("--commit", help="where there is no .git to ask")
     args = parser.parse_args()
@@ -113,7 +114,7 @@ def main() -> None:
     report["rows"] = []
     jobs = [(bench_decode, storage, batch) for storage in args.storage for batch in args.batches]
     jobs += [
-        (bench_prefill, storage, *lengths, evict)
+        (bench_prefill, storage, *lengths, evict, args.flash)
         for storage in args.storage
         for lengths in PREFILLS
         for evict in (True, False)

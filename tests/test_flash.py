@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import engine_args, generate, prompts, sampling, worst_error
 from kernel_cases import SMALL, Case, check
 
 from vllm_dms.backend.attention import chunks
 from vllm_dms.backend.flash import find_flash
+from vllm_dms.reference import ReferenceModel
 
 CASE = Case(tuning=replace(SMALL, programs=8, copy_block=16))
 
@@ -112,10 +114,10 @@ def test_the_builder_tells_where_chunks_are_and_whether_they_go_on():
 
 
 def flash_of_vllm(scale, dim=128, dtype=torch.bfloat16):
-    flash = find_flash(dim, dtype, scale, torch.device("cuda"))
-    if flash is None:
-        pytest.skip("no FlashAttention 3")
-    return flash
+    try:
+        return find_flash(dim, dtype, scale, torch.device("cuda"))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.gpu
@@ -138,3 +140,24 @@ def test_flash_of_vllm_on_the_gpu(dtype, storage, dim, heads, group, evict):
     case = Case(**shape, dtype=dtype, storage=storage, evict=evict, tuning=None, flash=flash)
     for lengths in [(256,), (100, 1, 1, 37), (65, 64, 66, 1)]:
         check(replace(case, lengths=(1, 130, 250), chunks=lengths))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["triton", "flash"])
+def test_an_engine_with_flash_is_as_near_the_reference_as_without(checkpoint, make_engine, kernels):
+    flash_of_vllm(1.0, dim=64, dtype=torch.float16)
+    path = checkpoint("nvidia-adapter", head_dim=64, min_margin=8.0, dtype=torch.float16)
+    args = engine_args(512, enforce_eager=False, gpu_memory_utilization=0.2, dtype="float16")
+    llm = make_engine(path, **args, additional_config={"dms": {"kernels": kernels}})
+    reference, token_ids = ReferenceModel.from_dir(path), prompts((20, 97, 230, 700, 1200))
+    for prompt, output in zip(token_ids, generate(llm, token_ids, sampling(30)), strict=True):
+        assert worst_error(reference, prompt, output) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "device"),
+    [(128, torch.bfloat16, "cpu"), (128, torch.float32, "cuda"), (512, torch.float16, "cuda")],
+)
+def test_flash_is_refused_where_vllm_has_none(dim, dtype, device):
+    with pytest.raises(ValueError, match=r'"kernels" is "flash".* Remove "kernels"'):
+        find_flash(dim, dtype, 1.0, torch.device(device))

@@ -58,7 +58,7 @@ _RULES = {
         lambda v: v is None or (_is_int(v) and v >= 8 and v & (v - 1) == 0),
         "a power of two of at least 8, or null for automatic",
     ),
-    "kernels": _one_of("auto", "triton", "torch"),
+    "kernels": _one_of("auto", "triton", "flash", "torch"),
     "log_interval": (lambda v: _is_number(v) and v >= 0, "seconds, 0 for never"),
     "prefix_cache": _one_of(True, False),
     "adapter_dir": (lambda v: v is None or isinstance(v, str), "a directory"),
@@ -88,7 +88,8 @@ class DMSConfig:
     storage: Literal["model", "fp8", "int4"] = "model"  # "model": K/V in the model's own dtype
     reserve_compression: float = 1.0  # compression that the max_model_len check may count on
     page_size: int | None = None  # slots per leaf page; None: chosen by the layout
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    # "flash": Triton's, and vLLM's FlashAttention 3 within a chunk of a prompt
+    kernels: Literal["auto", "triton", "flash", "torch"] = "auto"
     log_interval: float = 10.0  # seconds between compression lines; 0: none
     prefix_cache: bool = False  # states are kept, and found by requests that begin the same
     adapter_dir: str | None = None  # where adapter weights are, if not in the checkpoint

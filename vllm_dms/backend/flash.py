@@ -55,13 +55,17 @@ class FlashAttention3:
 
 def find_flash(
     head_dim: int, dtype: torch.dtype, scale: float, device: torch.device
-) -> Flash | None:
-    """Where vLLM would use FlashAttention 3 itself, that; else None. Asks vLLM's current config,
-    so that `--attention-config.flash_attn_version` holds here as well."""
-    if device.type != "cuda" or dtype.itemsize != 2 or head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return None
-    from vllm.v1.attention.backends import fa_utils
+) -> FlashAttention3:
+    """ValueError where vLLM would not use FlashAttention 3 itself. Asks vLLM's current config, so
+    that `--attention-config.flash_attn_version` holds here as well."""
+    fits = device.type == "cuda" and dtype.itemsize == 2
+    if fits and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM:
+        from vllm.v1.attention.backends import fa_utils
 
-    if fa_utils.get_flash_attn_version(head_size=head_dim) != 3:
-        return None
-    return FlashAttention3(fa_utils.flash_attn_varlen_func, scale)
+        if fa_utils.get_flash_attn_version(head_size=head_dim) == 3:
+            return FlashAttention3(fa_utils.flash_attn_varlen_func, scale)
+    raise ValueError(
+        '"kernels" is "flash" in "dms" in --additional-config, but vLLM has no FlashAttention 3 '
+        f"for {dtype} and a head_dim of {head_dim} on this device ({device.type}): it takes a Hopper "
+        'GPU, fp16 or bf16, and --attention-config.flash_attn_version unset or 3. Remove "kernels".'
+    )

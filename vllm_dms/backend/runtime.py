@@ -49,9 +49,9 @@ def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
 
 def choose_ops(config: DMSConfig, device: torch.device) -> str:
     """ "triton" or "torch", from the setting `kernels` and the device."""
-    if config.kernels != "auto":
-        return config.kernels
-    return "triton" if device.type == "cuda" else "torch"
+    if config.kernels == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return "triton" if config.kernels == "flash" else config.kernels
 
 
 def free_memory(device: torch.device) -> int:
@@ -129,8 +129,9 @@ class Runtime:
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         schedule = allocate_schedule(self.layout, max_num_seqs, heads, tuning, device)
-        flash = find_flash(self.layout.head_dim, self._dtype, self.scale, device)
-        if flash is not None:
+        flash = None
+        if self.config.kernels == "flash":
+            flash = find_flash(self.layout.head_dim, self._dtype, self.scale, device)
             self._kernels += " and FlashAttention 3"
         overlap = can_overlap(device)
         return lambda state: TritonOps(state, *common, schedule, tuning, overlap, flash)

@@ -66,6 +66,6 @@ def find_flash(
             return FlashAttention3(fa_utils.flash_attn_varlen_func, scale)
     raise ValueError(
         '"kernels" is "flash" in "dms" in --additional-config, but vLLM has no FlashAttention 3 '
-        f"for {dtype} and a head_dim of {head_dim} on this device ({device.type}): it takes a Hopper "
+        f"for {dtype} and a head_dim of {head_dim} here ({device.type}): it takes a Hopper "
         'GPU, fp16 or bf16, and --attention-config.flash_attn_version unset or 3. Remove "kernels".'
     )

@@ -2,12 +2,13 @@
 because a process either interprets kernels or compiles them.
 
     python tests/compile_kernels.py STORAGE HEAD_DIM GROUP CAPABILITY PAGE_SIZE MAX_PAGES
+    python tests/compile_kernels.py beside-flash STORAGE:HEAD_DIM:GROUP:PAGE_SIZE:EVICT ...
 
 STORAGE: bfloat16, float16, ..., fp8 or int4; CAPABILITY: 90 for Hopper, ...; MAX_PAGES: of a row,
 which has leaves if they are more than 32. Prints one line of JSON: for each kernel the registers of
 a thread, the bytes of a thread's stack, where what does not fit in registers would go, the bytes of
 a program's shared memory, and how often it accesses memory before it waits for the kernel before it
-(null: it doesn't).
+(null: it doesn't). The second form compiles `prefill_stored_kernel` alone, for Hopper.
 """
 
 import json
@@ -32,7 +33,7 @@ from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.projection import Projection
-from vllm_dms.backend.state import allocate_scratch, allocate_state
+from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
 from vllm_dms.config import DMSConfig
 
@@ -71,7 +72,7 @@ def usage(kernel):
     return [*map(int, of_thread), kernel.metadata.shared, early]
 
 
-def make_ops(storage, head_dim, group, overlap, page_size, max_pages, flash=None):
+def make_ops(storage, head_dim, group, overlap, page_size, max_pages, flash=None, evict=True):
     """Operations on a small arena in this machine's memory, and the model's dtype"""
     kind = storage if storage in STORAGES else "model"
     model_dtype = getattr(torch, storage) if kind == "model" else torch.bfloat16
@@ -88,7 +89,7 @@ def make_ops(storage, head_dim, group, overlap, page_size, max_pages, flash=None
     tuning = default_tuning(layout)
     schedule = allocate_schedule(layout, 4, 2 * group, tuning, torch.device("cpu"))
     state = allocate_state(torch.zeros(8 * layout.block_bytes, dtype=torch.uint8), layout, 8, 4)
-    config = DMSConfig("nvidia-borrowed", layout.window, 1.0, 0.0, shift=1)
+    config = DMSConfig("nvidia-borrowed", layout.window, 1.0, 0.0, shift=1, evict=evict)
     scratch = allocate_scratch(layout, 64, "cpu")
     return TritonOps(state, scratch, config, 1.0, schedule, tuning, overlap, flash), model_dtype
 
@@ -118,7 +119,38 @@ def run_all(storage, head_dim, group, *others):
     snapshots.save(1, one, one, one)
 
 
+def run_beside_flash(storage, *numbers):
+    head_dim, group, page_size, evict = map(int, numbers)
+    shape = (head_dim, group, True, page_size, 16)
+    ops, dtype = make_ops(storage, *shape, no_flash, bool(evict))
+    query = torch.zeros(2, 2 * group, head_dim, dtype=dtype)
+    int32 = {"dtype": torch.int32}
+    starts, length = torch.arange(2, **int32) * 2, torch.full((1,), 2, **int32)
+    batch = Batch(1, 2, 2, torch.zeros(1, 1, **int32), starts, length)
+    ops.begin_step(batch)
+    ops.prefill(batch, 0, query, query[:, :2], query[:, :2], query)
+
+
+def main_beside_flash(*specs):
+    found = {}
+
+    def compile_one(kernel, grid):
+        def launch(*args, **kwargs):
+            if kernel.__name__ == "prefill_stored_kernel":
+                found[spec] = usage(kernel.warmup(*args, grid=grid, **kwargs))
+
+        return launch
+
+    driver.set_active(NoGPU(90))
+    JITFunction.__getitem__ = compile_one
+    for spec in specs:
+        run_beside_flash(*spec.split(":"))
+    print(json.dumps(found))
+
+
 def main(name, *numbers):
+    if name == "beside-flash":
+        return main_beside_flash(*numbers)
     head_dim, group, capability, page_size, max_pages = map(int, numbers)
     found = {}
 

@@ -23,6 +23,16 @@ IN_TURN = {
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of a program, by compute capability
 
 
+def compiled(cache, *arguments):
+    """What the script prints."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(
     ("storage", "head_dim", "group", "capability", "page_size", "max_pages"),
     [
@@ -43,13 +53,7 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of a program, by compute ca
 def test_every_kernel_compiles(
     storage, head_dim, group, capability, page_size, max_pages, tmp_path
 ):
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    env.pop("TRITON_INTERPRET", None)
-    numbers = map(str, (head_dim, group, capability, page_size, max_pages))
-    command = [sys.executable, str(SCRIPT), storage, *numbers]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = compiled(tmp_path, storage, head_dim, group, capability, page_size, max_pages)
     assert found.keys() == KERNELS
     # Decoding is all memory traffic: what spills would double it.
     per_token = (
@@ -74,3 +78,14 @@ def test_every_kernel_compiles(
             "project_kernel",
         )
         assert [early[name] for name in at_once] == [0, 0, 0, 0]
+
+
+def test_what_goes_on_from_flash_attention_compiles_with_and_without_eviction(tmp_path):
+    """ptxas crashed at the first of them, while there was a loop over nothing."""
+    specs = [
+        "float16:64:8:16:0", "float16:64:8:16:1", "bfloat16:128:4:64:0", "bfloat16:256:2:16:0",
+        "fp8:80:5:16:0", "int4:128:4:16:0",
+    ]  # fmt: skip
+    found = compiled(tmp_path, "beside-flash", *specs)
+    assert found.keys() == {*specs}
+    assert max(shared for _, _, shared, _ in found.values()) <= SHARED_KIB[90] << 10, found

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -30,6 +31,7 @@ ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # for /pause
 }
 LONG = "The tired guest tasted the soup in the kitchen, because the storm came. " * 6
 
@@ -122,6 +124,24 @@ def test_an_answer_ended_by_a_stop_string_has_none(server):
     answer = server.complete(LONG, stop=["."], max_tokens=60)
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["kv_transfer_params"] is None
+
+
+@pytest.mark.slow
+def test_a_paused_engine_goes_on_where_it_was(server):
+    def text():
+        return server.complete(LONG, max_tokens=200)["choices"][0]["text"]
+
+    start = time.monotonic()
+    undisturbed = text()
+    seconds = time.monotonic() - start
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(text)
+        time.sleep(seconds / 4)
+        server.post("/pause?mode=keep")
+        time.sleep(seconds)
+        assert not answer.done()
+        server.post("/resume")
+        assert answer.result() == undisturbed
 
 
 def events_of(stream: str) -> list[dict]:

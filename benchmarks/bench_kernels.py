@@ -8,13 +8,11 @@ over CUDA graph replays; each graph walks through layers with several times the 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from kernel_arena import GROUP, HEAD_DIM, HEADS, SCALE, STORAGE, Arena
-from kernel_timing import copy_bandwidth, time_copy, time_flash, time_graph
-from record import certificate, command_and_date
+from kernel_timing import time_copy, time_flash, time_graph, write_rows
 
 from vllm_dms.backend.flash import find_flash
 
@@ -109,9 +107,6 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    copy = copy_bandwidth()
-    report = {**command_and_date(), **certificate(args.commit), "copy_bytes_per_s": copy}
-    report["rows"] = []
     jobs = [(bench_decode, storage, batch) for storage in args.storage for batch in args.batches]
     jobs += [
         (bench_prefill, storage, *lengths, evict, args.flash)
@@ -119,13 +114,7 @@ def main() -> None:
         for lengths in PREFILLS
         for evict in (True, False)
     ]
-    for bench, *about in jobs:
-        row = bench(*about)
-        if "bytes_per_s" in row:
-            row["share_of_copy"] = round(row["bytes_per_s"] / copy, 3)
-        report["rows"].append(row)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(row), flush=True)
+    write_rows(args.json, args.commit, (bench(*about) for bench, *about in jobs))
 
 
 if __name__ == "__main__":

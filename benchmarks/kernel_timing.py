@@ -1,10 +1,14 @@
 """Times of kernels, and of copies beside them, in CUDA graphs."""
 
 import itertools
+import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+from record import certificate, command_and_date
 
 
 def time_graph(step: Callable[[], None], replays: int = 30) -> float:
@@ -63,3 +67,15 @@ def time_copy(num_bytes: float, copies: int) -> float:
 def copy_bandwidth() -> float:
     """Bytes per second of a copy so large that its start does not count."""
     return (1 << 32) / (time_copy(1 << 32, 1) * 1e-6)
+
+
+def write_rows(path: Path, commit: str | None, rows: Iterable[dict[str, Any]]) -> None:
+    """A kernel benchmark's JSON and a line of output, at every row."""
+    report: dict[str, Any] = {**command_and_date(), **certificate(commit)}
+    report |= {"copy_bytes_per_s": (copy := copy_bandwidth()), "rows": []}
+    for row in rows:
+        if "bytes_per_s" in row:
+            row["share_of_copy"] = round(row["bytes_per_s"] / copy, 3)
+        report["rows"].append(row)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(row), flush=True)

@@ -12,7 +12,6 @@ the error is recorded.
 
 import argparse
 import itertools
-import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -22,8 +21,7 @@ from typing import Any
 import torch
 from bench_kernels import gate
 from kernel_arena import HEAD_DIM, SCALE, STORAGE, Arena
-from kernel_timing import copy_bandwidth, time_graph
-from record import certificate, command_and_date
+from kernel_timing import time_graph, write_rows
 from triton.runtime.errors import OutOfResources
 
 from vllm_dms.backend.flash import find_flash
@@ -113,15 +111,8 @@ def main() -> None:
     tasks = [(args.storage, job, some) for some in changes for job in jobs]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         list(pool.map(compile_only, *zip(*tasks, strict=True)))
-    report = {**command_and_date(), **certificate(args.commit), "rows": []}
-    report["copy_bytes_per_s"] = copy = copy_bandwidth()
-    for storage, job, some in tasks:
-        row = {"storage": storage, **job, **some, **measure(storage, job, some)}
-        if "bytes_per_s" in row:
-            row["share_of_copy"] = round(row["bytes_per_s"] / copy, 3)
-        report["rows"].append(row)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(row), flush=True)
+    rows = ({"storage": task[0], **task[1], **task[2], **measure(*task)} for task in tasks)
+    write_rows(args.json, args.commit, rows)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_a_diff_applies_to_the_installed_vllm_and_compiles(diff, tmp_path):
     files = touched_files(diff)
     assert files
     if fate(diff).startswith("not needed: "):
-        return
+        pytest.skip(fate(diff))
     for name in files:
         (tmp_path / "vllm" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(VLLM / name, tmp_path / "vllm" / name)

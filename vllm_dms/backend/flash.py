@@ -4,32 +4,20 @@ A query sees all of its window, and of its own chunk nothing older counts here: 
 where they are stored (`kernels.prefill_stored`). Without eviction it sees all of the chunk.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 MAX_HEAD_DIM = 256  # of FlashAttention 3
 
 
-class Flash(Protocol):
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        starts: torch.Tensor,
-        longest: int,
-        window: int,
-        output: torch.Tensor,
-    ) -> torch.Tensor:
-        """Causal attention of each request to its own query tokens, up to ``window`` before each;
-        -1: to all. ``starts`` int32 [requests + 1], first query tokens and the end; ``longest``
-        bounds their lengths. Writes ``output``; returns the natural logarithm of each query's sum
-        of weights, float32 [H * G, T]. Shapes as in `ops`."""
+# (query, key, value, starts, longest, window, output) -> log of sums; `FlashAttention3` says what.
+Flash = Callable[..., torch.Tensor]
 
 
 class FlashAttention3:
-    """`Flash` by vLLM's own kernel."""
+    """vLLM's own kernel."""
 
     def __init__(self, function: Any, scale: float) -> None:
         self._function, self._scale = function, scale
@@ -44,6 +32,10 @@ class FlashAttention3:
         window: int,
         output: torch.Tensor,
     ) -> torch.Tensor:
+        """Causal attention of each request to its own query tokens, up to ``window`` before each;
+        -1: to all. ``starts`` int32 [requests + 1], first query tokens and the end; ``longest``
+        bounds their lengths. Writes ``output``; returns the natural logarithm of each query's sum
+        of weights, float32 [H * G, T]. Shapes as in `ops`."""
         # One split: more would allocate a copy of the output for each.
         _, lse = self._function(
             query, key, value, longest, starts, longest, starts, softmax_scale=self._scale,

@@ -1,5 +1,7 @@
 """How the operations are bound and driven: what is refused, the order of calls in a step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from core_sim import make_config
@@ -46,9 +48,9 @@ def test_a_step_is_begun_once_and_by_its_first_layer():
     assert [name for name, *_ in ops.calls] == names
 
 
-def make_runtime():
+def make_runtime(**settings):
     vllm_config, config = make_config()
-    return Runtime(vllm_config, config, torch.device("cpu"), 0.25)
+    return Runtime(vllm_config, replace(config, **settings), torch.device("cpu"), 0.25)
 
 
 def test_side_state_that_does_not_fit_is_refused_with_a_remedy(monkeypatch):
@@ -58,6 +60,17 @@ def test_side_state_that_does_not_fit_is_refused_with_a_remedy(monkeypatch):
     monkeypatch.setattr(runtime, "free_memory", lambda device: needed - 1)
     with pytest.raises(ValueError, match=r"--max-num-seqs 4 and --max-model-len 256 need .* Lower"):
         make_runtime()
+
+
+def test_flash_attention_is_looked_for_only_if_asked_for(monkeypatch):
+    def absent(*args):
+        raise ValueError("looked for")
+
+    monkeypatch.setattr(runtime, "find_flash", absent)
+    for kernels in ("auto", "triton", "torch"):
+        make_runtime(kernels=kernels)
+    with pytest.raises(ValueError, match="looked for"):
+        make_runtime(kernels="flash")
 
 
 def test_an_allocation_for_fewer_blocks_than_vllm_hands_out_is_refused():

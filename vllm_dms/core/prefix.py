@@ -14,6 +14,7 @@ A request that waits while another is about to leave a state that it can go on f
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
@@ -26,11 +27,21 @@ from vllm_dms.core.branches import Branches
 from vllm_dms.core.kept import BRANCH, END, PROMPT, Kept, KeptStates, key_of
 from vllm_dms.core.ledger import Ledger
 from vllm_dms.core.mailbox import Mailbox
-from vllm_dms.core.records import Due, Mark, Step
+from vllm_dms.core.records import Mark, Step
 from vllm_dms.core.supply import Supply
 
 # One kind of states gives way to the other if requests go on from it this much less often.
 PREFERENCE = 8
+
+
+class Due(NamedTuple):
+    """A state to keep before the next step: of a request at what that step leaves."""
+
+    request: Request
+    state: int
+    tenancy: int
+    num_tokens: int
+    awaited: bool  # others wait for it, or have that prefix, too
 
 
 class PrefixCache:

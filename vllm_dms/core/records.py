@@ -1,9 +1,8 @@
-"""What the ledger and those around it tell each other."""
+"""What the ledger and those around it tell each other. No vLLM and no torch: see the ledger."""
 
 from typing import NamedTuple
 
 import numpy as np
-from vllm.v1.request import Request
 
 
 class Step(NamedTuple):
@@ -26,16 +25,6 @@ class Mark(NamedTuple):
     @property
     def num_pages(self) -> int:
         return self.row.item(0)
-
-
-class Due(NamedTuple):
-    """A state to keep before the next step: of a request at what that step leaves."""
-
-    request: Request
-    state: int
-    tenancy: int
-    num_tokens: int
-    awaited: bool  # others wait for it, or have that prefix, too
 
 
 class Growth(NamedTuple):

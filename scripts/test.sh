@@ -33,7 +33,7 @@ say "pytest ${parallel[*]}"
 "$python" -m pytest -q "${parallel[@]}" "$@" || failed+=(pytest)
 
 # What touches nothing of vLLM, or is the same with each version and takes long.
-unrelated=(adapter addresses benchmark command compile config dense families fastdms golden kernels
+unrelated=(adapter addresses benchmark command compile config dense docs families fastdms golden kernels
     needles overlap processes quality quantized reference report retrofit seed server smollm2 storage
     synthetic tiny torch_ops triton_ops verify weights wheel)
 ignored=("${unrelated[@]/#/--ignore-glob=tests/test_}")

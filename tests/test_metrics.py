@@ -203,8 +203,8 @@ def test_every_metric_of_the_dashboard_exists(front_end):
     # prometheus_client adds when a counter was made.
     ours = {n for n in exposed if n.startswith(PREFIX) and not n.endswith("_created")}
     assert ours <= shown
-    readme = (DASHBOARD.parents[2] / "README.md").read_text()
-    assert set(re.findall(r"vllm:dms_\w+", readme)) == ours
+    page = (DASHBOARD.parents[2] / "docs" / "metrics.md").read_text()
+    assert set(re.findall(r"vllm:dms_\w+", page)) == ours
 
 
 # A whole engine.

@@ -10,7 +10,11 @@ from vllm_dms.retrofit.arguments import build_parser
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS, *(ROOT / p for p in ("benchmarks", "examples", "patches"))]
+PAGES = [
+    README,
+    *DOCS,
+    *(ROOT / p for p in ("benchmarks", "benchmarks/results", "examples", "patches")),
+]
 PAGES = [page / "README.md" if page.is_dir() else page for page in PAGES]
 
 

@@ -1,6 +1,6 @@
 """Adapter directories: a checkpoint's decisions alone, over an untouched base model.
 
-  adapter.safetensors  each layer's dms_proj_alpha and dms_proj_alpha_norm (2.7 MB for Qwen3-8B in bf16)
+  adapter.safetensors  each layer's dms_proj_alpha and dms_proj_alpha_norm (2.7 MB for Qwen3-8B)
   config.json          NVIDIA's dms_* keys, the sizes of the base, and its name
   README.md            base, ratio, data and evaluation, for people
 

@@ -12,30 +12,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from arms import PAIRS
+from report_cells import ARM_NAMES, Row, as_text, cell, ratio
+from report_four_bit import beside_fp8, four_bit_table
 from report_kernels import kernels_section
-from report_lines import README, Figure, figures_of
+from report_lines import README, figures_of
 from report_plot import plot, plot_is_current
 from shapes import SHAPES
 
 HERE = Path(__file__).resolve().parent
-ARM_NAMES = {
-    "bf16": "BF16",
-    "fp8": "FP8",
-    "dms_keep": "`dms`, eviction off",
-    "dms": "`dms`",
-    "dms_fp8": "`dms_fp8`",
-    "turboquant_4bit_nc": "TurboQuant 4-bit",
-    "int4_per_token_head": "int4 per token and head",
-    "dms_int4": "`dms_int4`",
-}
 OLDER_NAMES = {"dms_noevict": "dms_keep"}
 WORKLOADS_AT_8K = ("decode-8k", "saturated-8k", "capacity-8k", "prefill-8k")
 DIALECT = "nvidia-adapter"  # of rows older than their field for it
 
-Row = dict[str, Any]
 Load = tuple[int, str, int, int]  # place in the table, workload, concurrency, prompts
 
 
@@ -74,46 +64,26 @@ def choose(rows: list[Row], arms: tuple[str, ...]) -> dict[str, Row]:
     return whole[-1] if whole else {arm: r for run in runs.values() for arm, r in run.items()}
 
 
-def shown(rows: list[Row]) -> dict[Load, dict[str, Row]]:
-    """By load and arm the rows of the table, in its order."""
+def by_load(rows: list[Row]) -> dict[Load, list[Row]]:
+    """In the order of the table."""
     loads: dict[Load, list[Row]] = {}
     for row in rows:
         loads.setdefault(load_of(row), []).append(row)
+    return dict(sorted(loads.items()))
+
+
+def shown(rows: list[Row]) -> dict[Load, dict[str, Row]]:
+    """By load and arm the rows of the table."""
     sides = (*PAIRS, ("dms_keep",))
     return {
         load: {arm: row for arms in sides for arm, row in choose(of_load, arms).items()}
-        for load, of_load in sorted(loads.items())
+        for load, of_load in by_load(rows).items()
     }
 
 
-def cell(row: Row | None, figure: Figure) -> str:
-    value = row and row.get(figure.key)
-    if row is None or value is None:
-        return "-"
-    notes = []
-    if row["workload"] == "saturated-8k":
-        notes.append(f"{row['concurrency']} requests")
-    held = row.get("requests_held")
-    if row["workload"] == "reason-1k-8k" and held and held < row["concurrency"]:
-        notes.append(f"{held} held")
-    if row.get("preemptions") and figure.unit == "tok/s":
-        notes.append(f"{row['preemptions']:,} preempted")
-    if row.get("complete") is False:
-        notes.append("cut short")
-    return f"{value:,.{figure.digits}f}" + (f" ({', '.join(notes)})" if notes else "")
-
-
-def ratio(old: Row | None, new: Row | None, figure: Figure) -> str:
-    if old is None or new is None or old["run_id"] != new["run_id"]:
-        return "-"
-    before, after = old.get(figure.key), new.get(figure.key)
-    return f"{after / before:.2f}" if before and after is not None else "-"
-
-
-def as_text(lines: list[list[str]], align: str) -> str:
-    head, *others = lines
-    rule = ["---", *[align] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *others))
+def shown_of_four_bit(rows: list[Row]) -> dict[Load, dict[str, Row]]:
+    """By load and arm the rows of the second table."""
+    return {load: beside_fp8(of_load) for load, of_load in by_load(rows).items()}
 
 
 def table(rows: list[Row]) -> str:
@@ -128,7 +98,7 @@ def table(rows: list[Row]) -> str:
             left = [figure.text(concurrency, prompts), cells["bf16"], cells["dms_keep"]]
             left += [cells["dms"], ratios[0]]
             lines.append([*left, cells["fp8"], cells["dms_fp8"], ratios[1]])
-    return as_text(lines, "---:")
+    return as_text(lines, "---:") if lines[1:] else ""
 
 
 def subject(row: Row) -> str:
@@ -187,11 +157,15 @@ def runs_table(rows: list[Row]) -> str:
 
 
 def used(rows: list[Row]) -> list[Row]:
-    return [row for by_arm in shown(rows).values() for row in by_arm.values()]
+    tables = (shown(rows), shown_of_four_bit(rows))
+    return [row for loads in tables for by_arm in loads.values() for row in by_arm.values()]
 
 
 def results_section(rows: list[Row]) -> str:
-    return f"{table(rows)}\n\n{'; '.join(shared_facts(used(rows)))}.\n" if rows else ""
+    if not rows:
+        return ""
+    tables = [table(rows), four_bit_table(shown_of_four_bit(rows))]
+    return "\n\n".join([*filter(None, tables), f"{'; '.join(shared_facts(used(rows)))}.\n"])
 
 
 def runs_section(rows: list[Row]) -> str:

@@ -87,6 +87,40 @@ def test_a_run_says_what_is_shown_of_it_and_what_was_live():
     assert "decode-8k at 64; x decisions" in second and section.count("a card") == 1
 
 
+def test_4_bit_caches_have_a_table_of_their_own_with_their_ratios_to_fp8(tmp_path):
+    rows = [row("fp8", decode_tok_s=100.0), row("dms_fp8", decode_tok_s=200.0)]
+    before = report.results_section(rows)
+    rows.append(row("dms_int4", decode_tok_s=250.0))
+    first, second, _ = report.results_section(rows).split("\n\n")
+    assert before.startswith(first)
+    assert second.splitlines() == [
+        "| workload | FP8 | `dms_fp8` | `dms_int4` | / FP8 | / `dms_fp8` |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| decode at 8K, concurrency 8, tok/s | 100 | 200 | 250 | 2.50 | 1.25 |",
+    ]
+    # Of several runs that with most arms; what it lacks is of another, and not compared.
+    rows += [row("int4_per_token_head", "capacity-8k", requests_held=66)]
+    rows += [row(arm, "capacity-8k", run_id="r0", requests_held=9) for arm in ("fp8", "dms_int4")]
+    rows += [row("turboquant_4bit_nc", run_id="r2", decode_tok_s=1.0)]
+    rows += [row("fp8", run_id="r3", decode_tok_s=50.0)]
+    (tmp_path / "run.json").write_text(json.dumps({"rows": rows}))
+    section = report.results_section(report.read_rows([tmp_path / "run.json"]))
+    assert section.split("\n\n")[1].splitlines()[2:] == [
+        "| decode at 8K, concurrency 8, tok/s | 100 | 200 | 1 | - | - "
+        "| - | - | - | 250 | 2.50 | 1.25 |",
+        "| requests of 8K held at once | 9 | - | - | - | - | 66 | - | - | 9 | 1.00 | - |",
+    ]
+    again = [old | {"run_id": "r9", "decode_tok_s": 2 * old["decode_tok_s"]} for old in rows[:3]]
+    assert "| 200 | 400 | 1 |" in report.results_section([*rows, *again])
+
+
+def test_a_run_of_4_bit_caches_alone_is_shown():
+    rows = [row("turboquant_4bit_nc", "capacity-8k", requests_held=51)]
+    table, facts = report.results_section(rows).split("\n\n")
+    assert table.splitlines()[2:] == ["| requests of 8K held at once | - | - | 51 | - | - |"]
+    assert facts.startswith("a card") and "capacity-8k" in report.runs_section(rows)
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """A copy of what is published here."""

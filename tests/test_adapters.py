@@ -171,3 +171,20 @@ def test_an_adapter_alone_needs_a_base_on_disk(split, name, message):
     change(adapter, base_model_name_or_path=name)
     with pytest.raises(ValueError, match=message):
         ReferenceModel.from_dir(adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        ("adapter.safetensors", None, "cut short"),
+        ("config.json", b"{dms_", "is no JSON"),
+    ],
+    ids=["a pointer", "half of it", "no JSON"],
+)
+def test_a_file_that_can_not_be_read_is_named(split, tmp_path, name, content, message):
+    copy = shutil.copytree(split[2], tmp_path / "copy")
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        read_adapter(copy)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_dms.config import DMSConfig
@@ -68,8 +68,14 @@ def tensor_names(path: Path) -> dict[str, Path]:
     """The names of all tensors in a directory's safetensors files, with their files."""
     names = {}
     for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            names |= dict.fromkeys(file.keys(), shard)
+        try:
+            with safe_open(shard, "pt") as file:
+                names |= dict.fromkeys(file.keys(), shard)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shard} can't be read: {error}. It may be cut short, or a pointer that Git LFS "
+                "left in its place: download it again."
+            ) from error
     return names
 
 
@@ -115,7 +121,10 @@ def read_adapter(path: Path | str) -> Adapter:
 
 
 def _read_object(path: Path) -> dict:
-    value = json.loads(path.read_text())
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Correct it.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {value!r}, but it must be a JSON object.")
     return value

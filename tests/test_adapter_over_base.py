@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from adapter_parts import split_adapter
-from engines import engine_args, generate, prompts, sampling
+from engines import engine_args, engine_config, generate, prompts, sampling
 from safetensors.torch import load_file, save_file
 
 
@@ -95,6 +95,20 @@ def test_an_adapter_that_is_nowhere_is_an_error_that_says_where_it_was_looked_fo
         make_engine(base, **over_base("somebody/no-such-adapter"))
     with pytest.raises(ValueError, match="Leave the revision out"):
         make_engine(base, **over_base(parts[2], adapter_revision="main"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"adapter": ""}, "adapter is '', but"),
+        ({"adapter": 5}, "adapter is 5, but"),
+        ({"adapter": None}, "adapter is None, but"),
+        ({"adapter": "somebody/adapter", "adapter_revision": 5}, "adapter_revision is 5, but"),
+    ],
+)
+def test_a_setting_that_names_no_place_is_refused_before_anything_is_read(parts, settings, named):
+    with pytest.raises(ValueError, match=named):
+        engine_config(parts[1], additional_config={"dms": settings})
 
 
 def test_a_base_with_decisions_of_its_own_is_refused(make_engine, parts):

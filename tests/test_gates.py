@@ -46,6 +46,8 @@ REFUSED = {
     ),
     "an unknown setting": ({"additional_config": {"dms": {"windw": 3}}}, "windw"),
     "a setting of the wrong kind": ({"additional_config": {"dms": {"window": "3"}}}, "window"),
+    "a setting outside of dms": ({"additional_config": {"prefix_cache": True}}, '{"dms": {"prefix'),
+    "dms by another name": ({"additional_config": {"DMS": {}}}, """Name it "dms": '{"dms": {"""),
     "Triton without a GPU": ({"additional_config": {"dms": {"kernels": "triton"}}}, "kernels"),
 }
 

@@ -23,12 +23,20 @@ def base_of_adapter_alone(name: str, config: Mapping) -> str | None:
     return str(beside) if (beside / CONFIG).is_file() else base
 
 
-def fetch_adapter(
-    name: Any, revision: str | None = None, cache_dir: Path | str | None = None
-) -> Path:
+def fetch_adapter(name: Any, revision: Any = None, cache_dir: Path | str | None = None) -> Path:
     """A local directory as it is; else a repository of the Hugging Face Hub, downloaded to its
     cache (default: huggingface_hub's own) or, offline, found there."""
-    if isinstance(name, str) and Path(name).is_dir():
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"adapter is {name!r}, but it must be a directory, or a repository of the Hugging Face "
+            "Hub. Correct or remove the setting."
+        )
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError(
+            f"adapter_revision is {revision!r}, but it must be a branch, a tag or a commit, as "
+            "text. Correct or remove the setting."
+        )
+    if Path(name).is_dir():
         if revision is not None:
             raise ValueError(
                 f"adapter_revision is {revision!r}, but adapter {name} is a directory here. Leave "
@@ -47,7 +55,7 @@ def fetch_adapter(
                 allow_patterns=["*.safetensors", *CONFIGS],
             )
         )
-    except (OSError, HFValidationError, TypeError) as error:
+    except (OSError, HFValidationError) as error:
         raise ValueError(
             f"adapter {name!r} is no directory here, and as a repository of the Hugging Face Hub "
             f"it could not be fetched: {error} Correct the setting, or download it and give its "

@@ -20,7 +20,7 @@ from vllm_dms.adapters import (
     read_adapter,
 )
 from vllm_dms.compat import check_hooks, check_vllm_version
-from vllm_dms.config import ADAPTER, ADAPTER_REVISION, DMSConfig
+from vllm_dms.config import ADAPTER, ADAPTER_REVISION, OVERRIDES, DMSConfig
 from vllm_dms.formats import SUPPORTED_FORMATS
 from vllm_dms.models.families import family_of, family_of_architectures
 from vllm_dms.refusals import refusals
@@ -77,6 +77,7 @@ def configure(vllm_config: VllmConfig) -> None:
         return
     check_vllm_version()
     check_hooks()
+    _check_place_of_settings(vllm_config.additional_config)
     storage = CACHE_DTYPES[cache_dtype]
     config = _read_config(vllm_config, storage)
     for refusal in refusals(vllm_config, config):
@@ -87,6 +88,18 @@ def configure(vllm_config: VllmConfig) -> None:
 def settings_in(additional_config: Any) -> Any:
     """What ``--additional-config`` has under "dms". vLLM allows other types than a dict there."""
     return additional_config.get("dms") if isinstance(additional_config, dict) else None
+
+
+def _check_place_of_settings(additional_config: Any) -> None:
+    """ValueError: DMS settings where nothing reads them."""
+    if not isinstance(additional_config, dict):
+        return  # refused later
+    for key in additional_config:
+        where = f"--additional-config has {key!r}, which has no effect there"
+        if key in (*OVERRIDES, ADAPTER, ADAPTER_REVISION):
+            raise ValueError(f"""{where}. Put it under "dms": '{{"dms": {{"{key}": ...}}}}'.""")
+        if key != "dms" and str(key).lower().replace("-", "_") in ("dms", "vllm_dms"):
+            raise ValueError(f"""{where}. Name it "dms": '{{"dms": {{...}}}}'.""")
 
 
 def _read_config(vllm_config: VllmConfig, storage: str) -> DMSConfig:

@@ -127,6 +127,16 @@ def test_an_answer_ended_by_a_stop_string_has_none(server):
 
 
 @pytest.mark.slow
+def test_structured_output_keeps_to_its_grammar_after_evictions(server):
+    free = server.complete(LONG)["choices"][0]["text"]
+    grammar = {"regex": "[0-9]{4} or [0-9]{4}"}
+    answer = server.complete(LONG, ignore_eos=False, structured_outputs=grammar)
+    assert re.fullmatch(grammar["regex"], answer["choices"][0]["text"])
+    assert not re.match(grammar["regex"], free)
+    assert answer["kv_transfer_params"]["dms"]["compression"] > 1
+
+
+@pytest.mark.slow
 def test_a_paused_engine_goes_on_where_it_was(server):
     def text():
         return server.complete(LONG, max_tokens=200)["choices"][0]["text"]

@@ -14,41 +14,32 @@ controls' needles are teacher-forced, the engine's are generated.
 
 import argparse
 import json
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from evaluation import EMBEDDED, RESULTS, make_parser, names, numbers, stamp
 
-from record import certificate, command_and_date  # noqa: E402
-
-from benchmarks.quality import controls, engine, plots  # noqa: E402
-from benchmarks.quality.task import Task  # noqa: E402
-
-EMBEDDED = ROOT / "vllm_dms" / "assets" / "tiny"
+from benchmarks.quality import controls, engine, plots
+from benchmarks.quality.task import Task
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, nargs="?", default=EMBEDDED)
-    add("--lengths", type=lambda s: [int(x) for x in s.split(",")], default=[1024, 2048, 4096])
+    add("--lengths", type=numbers, default=[1024, 2048, 4096])
     add("--prompts", type=int, default=16, help="documents a length")
     add("--asked", type=int, default=3, help="needles asked of each document")
     add("--scored", type=int, default=2, help="documents a length whose KL is measured")
     add("--logprobs", type=int, default=-1, help="compared per position; -1: all")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--kv-gib", type=float, default=0.5, help="KV cache of the engine")
-    add("--arms", type=lambda s: s.split(","), default=["off", "dms", "dms_fp8", "dms_int4"])
+    add("--arms", type=names, default=["off", "dms", "dms_fp8", "dms_int4"])
     add("--no-controls", action="store_true", help="only the arms; all positions are scored")
     add("--chunk", type=int, default=2048, help="tokens read at a time")
     add("--seed", type=int, default=0)
-    add("--commit", help="where there is no .git to ask")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
@@ -79,15 +70,9 @@ def main() -> None:
     else:
         controlled = controls.run_controls(task, args.dtype)  # first: it finds what is scored
     rows = engine_rows(task, args) + controlled
-    stamp = {
-        "dtype": args.dtype,
-        "seed": args.seed,
-        "chunk": args.chunk,
-        **certificate(args.commit),
-    }
-    stamp |= command_and_date()
+    about = {"dtype": args.dtype, "seed": args.seed, "chunk": args.chunk, **stamp(args)}
     model = "vllm_dms/assets/tiny" if args.model == EMBEDDED else str(args.model)
-    rows = [{"model": model, **row, **stamp} for row in rows]
+    rows = [{"model": model, **row, **about} for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
     plots.draw(rows, args.out / "quality.png")

@@ -12,50 +12,37 @@ quality_rounding.json into --out; rows of other models stay.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from evaluation import EMBEDDED, RESULTS, documents, make_parser, names, stamp
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from record import certificate, command_and_date  # noqa: E402
-
-from benchmarks.quality import engine  # noqa: E402
-from benchmarks.quality.roundings import ARMS, AS_VLLM  # noqa: E402
-from benchmarks.quality.task import Task  # noqa: E402
-from vllm_dms import reference  # noqa: E402
-from vllm_dms.reference import ReferenceModel  # noqa: E402
-
-EMBEDDED = ROOT / "vllm_dms" / "assets" / "tiny"
+from benchmarks.quality import engine
+from benchmarks.quality.roundings import ARMS, AS_VLLM
+from benchmarks.quality.task import Task
+from vllm_dms import reference
+from vllm_dms.reference import ReferenceModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, nargs="?", default=EMBEDDED)
     add("--text", type=Path, help="plain text, instead of needle questions")
-    add("--arms", type=lambda s: s.split(","), default=[*ARMS])
+    add("--arms", type=names, default=[*ARMS])
     add("--length", type=int, default=2048)
     add("--documents", type=int, default=4)
     add("--seed", type=int, default=0)
-    add("--commit", help="where there is no .git to ask")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
-def documents(args: argparse.Namespace) -> list[list[int]]:
+def texts_of(args: argparse.Namespace) -> list[list[int]]:
     if args.text is None:
         task = Task.build(args.model, [args.length], args.documents, 3, 0, args.seed)
         return [question.prompt + question.answer for question in task.questions[args.length]]
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(), verbose=False).input_ids
-    return [ids[i * args.length : (i + 1) * args.length] for i in range(args.documents)]
+    return documents(args)
 
 
 class Rounded(ReferenceModel):
@@ -82,7 +69,7 @@ class Rounded(ReferenceModel):
 
 @torch.inference_mode()
 def rows(args: argparse.Namespace) -> Iterator[dict]:
-    model, texts = Rounded.from_dir(args.model), documents(args)
+    model, texts = Rounded.from_dir(args.model), texts_of(args)
     model.dms = None  # nothing is evicted
     truths = [model.logits(ids).log_softmax(-1) for ids in texts]
     for arm in args.arms:
@@ -99,13 +86,13 @@ def main() -> None:
     args = parse_args()
     name = "vllm_dms/assets/tiny" if args.model == EMBEDDED else args.model.name
     about = {"model": name, "text": args.text.name if args.text else "needle questions"}
-    stamp = certificate(args.commit) | command_and_date()
+    origin = stamp(args)
     path = args.out / "quality_rounding.json"
     kept = json.loads(path.read_text()) if path.exists() else []
     kept = [row for row in kept if row["model"] != name]
     for row in rows(args):
         print(json.dumps(row), flush=True)
-        kept.append(about | row | stamp)
+        kept.append(about | row | origin)
         path.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -11,47 +11,30 @@ others as one.
 
 import argparse
 import json
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from evaluation import RESULTS, documents, make_parser, names, stamp
 
-from record import certificate, command_and_date  # noqa: E402
-
-from benchmarks.quality import engine  # noqa: E402
+from benchmarks.quality import engine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path)
     add("--text", type=Path, required=True)
     add("--adapter", type=Path, help="decisions over MODEL")
-    add("--arms", type=lambda s: s.split(","), default=[*engine.ARM_SETTINGS][:6])
+    add("--arms", type=names, default=[*engine.ARM_SETTINGS][:6])
     add("--length", type=int, default=2048)
     add("--documents", type=int, default=4)
     add("--logprobs", type=int, default=256)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--chunk", type=int, default=128, help="tokens read at a time; within it none are rounded")
     add("--kv-gib", type=float, default=0.5, help="KV cache of the engine")
-    add("--commit", help="where there is no .git to ask")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add("--out", type=Path, default=RESULTS)
     return parser.parse_args()
-
-
-def documents(args: argparse.Namespace) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(), verbose=False).input_ids
-    starts = range(0, len(ids) - args.length + 1, args.length)[: args.documents]
-    if len(starts) < args.documents:
-        raise SystemExit(f"{args.text} has {len(ids)} tokens: too few. Lower --documents.")
-    return [ids[start : start + args.length] for start in starts]
 
 
 def score_arm(arm: str, args: argparse.Namespace, token_ids: list[list[int]]):
@@ -64,12 +47,7 @@ def score_arm(arm: str, args: argparse.Namespace, token_ids: list[list[int]]):
 def main() -> None:
     args = parse_args()
     token_ids = documents(args)
-    stamp = {
-        "dtype": args.dtype,
-        "chunk": args.chunk,
-        **certificate(args.commit),
-        **command_and_date(),
-    }
+    about = {"dtype": args.dtype, "chunk": args.chunk, **stamp(args)}
     rows, truths = [], {}
     for arm in args.arms:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -78,7 +56,7 @@ def main() -> None:
         row = {"model": args.model.name, "arm": arm, "against": truth[0], "length": args.length}
         row |= {"live_compression": round(live, 3)}
         row |= engine.distance(truth[1], tables, [0] * len(tables))
-        rows.append(row | stamp)
+        rows.append(row | about)
         print(json.dumps(row), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality_storage.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -16,37 +16,31 @@ Known limits: with --logprobs below the vocabulary's size an engine's KL is a lo
 import argparse
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from evaluation import make_parser, names, numbers, stamp
 
-from record import certificate, command_and_date  # noqa: E402
-
-from benchmarks.quality import ruler, texts  # noqa: E402
-from benchmarks.quality.engine import ARM_SETTINGS, distance  # noqa: E402
+from benchmarks.quality import ruler, texts
+from benchmarks.quality.engine import ARM_SETTINGS, distance
 
 ARMS: dict[str, tuple[str, dict | None]] = {**ARM_SETTINGS, "auto": ("auto", None)}
 NEVER = -1e4  # an alpha_offset below every logit: everything is evicted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("base", metavar="BASE", type=Path)
     add("--adapter", type=Path, required=True)
     add("--text", required=True, help="as --data of the retrofit; not trained on")
-    add("--arms", type=_names, default="dms,dms_fp8,window,random,auto")
+    add("--arms", type=names, default="dms,dms_fp8,window,random,auto")
     add("--truth", default="auto", help="the arm that others are compared with; it runs last")
-    add("--lengths", type=lambda s: [int(x) for x in s.split(",")], default="2048,4096,8192")
+    add("--lengths", type=numbers, default="2048,4096,8192")
     add("--scored", type=int, default=1024, help="tokens at the end of a text that count")
     add("--rows", type=int, default=8, help="texts")
-    add("--tasks", type=_names, default=",".join(ruler.TASKS))
+    add("--tasks", type=names, default=",".join(ruler.TASKS))
     add("--samples", type=int, default=8, help="of each task and length")
     add("--generate", type=int, default=1024, help="tokens that an arm writes")
     add("--openings", type=int, default=8, help="texts that it goes on with")
@@ -54,7 +48,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--kv-gib", type=float, default=4.0, help="KV cache of the engine")
     add("--seed", type=int, default=0)
-    add("--commit", help="where there is no .git to ask")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     unknown = [a for a in (*args.arms, args.truth) if a not in (*ARMS, "window", "random")]
@@ -65,10 +58,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "window" in args.arms and "dms" not in args.arms[: args.arms.index("window")]:
         parser.error("--arms: window takes its length from dms, which must come before it.")
     return args
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
 
 
 def make_plan(args: argparse.Namespace) -> texts.Plan:
@@ -168,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     plan = make_plan(args)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    report = {**certificate(args.commit), **command_and_date(), "settings": settings}
+    report = {**stamp(args), "settings": settings}
     arms, answers = dict(ARMS), {}
     for name in (a for a in args.arms if a not in ("random", args.truth)):
         if name == "window":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from arena_harness import (
     Harness,
@@ -135,6 +136,35 @@ class Case:
         harness, sequences = self.harness(kernels), self.sequences()
         feed(harness, sequences, self.chunks)
         return harness, sequences
+
+
+# dtype, storage, head_dim, KV heads, queries of each, and the kernels that are tested with it.
+GPU_SHAPES = [
+    (torch.bfloat16, "model", 128, 8, 4, "triton, flash"),
+    (torch.bfloat16, "fp8", 128, 8, 4, "triton, flash"),
+    (torch.bfloat16, "int4", 128, 8, 4, "triton, flash"),
+    (torch.float16, "int4", 64, 2, 8, "triton"),
+    (torch.bfloat16, "int4", 256, 2, 2, "triton"),
+    (torch.bfloat16, "fp8", 256, 2, 2, "flash"),
+    (torch.float16, "model", 64, 2, 8, "triton, flash"),
+    (torch.float16, "fp8", 64, 2, 8, "triton"),
+    (torch.bfloat16, "model", 80, 3, 1, "triton, flash"),
+    (torch.float32, "model", 128, 2, 5, "triton"),
+    (torch.float32, "fp8", 64, 2, 2, "triton"),
+]
+
+
+def gpu_cases(kernels: str) -> list:
+    """Cases of production's tiles, as parameters of a test."""
+    common = {"window": 64, "page": 16, "lengths": (1, 130, 250), "tuning": None}
+    return [
+        pytest.param(
+            Case(dtype=dtype, storage=storage, dim=dim, heads=heads, group=group, **common),
+            id=f"{dtype}-{storage}-{dim}-{heads}-{group}",
+        )
+        for dtype, storage, dim, heads, group, tested in GPU_SHAPES
+        if kernels in tested
+    ]
 
 
 def check(case: Case) -> None:

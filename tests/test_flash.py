@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import engine_args, generate, prompts, sampling, worst_error
-from kernel_cases import SMALL, Case, check
+from kernel_cases import SMALL, Case, check, gpu_cases
 
 from vllm_dms.backend.attention import chunks
 from vllm_dms.backend.flash import find_flash
@@ -122,24 +122,11 @@ def flash_of_vllm(scale, dim=128, dtype=torch.bfloat16):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("evict", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "storage", "dim", "heads", "group"),
-    [
-        (torch.bfloat16, "model", 128, 8, 4),
-        (torch.bfloat16, "fp8", 128, 8, 4),
-        (torch.bfloat16, "int4", 128, 8, 4),
-        (torch.float16, "model", 64, 2, 8),
-        (torch.bfloat16, "model", 80, 3, 1),
-        (torch.bfloat16, "fp8", 256, 2, 2),
-    ],
-    ids=str,
-)
-def test_flash_of_vllm_on_the_gpu(dtype, storage, dim, heads, group, evict):
-    shape = {"dim": dim, "heads": heads, "group": group, "window": 64, "page": 16}
-    flash = partial(flash_of_vllm, dim=dim, dtype=dtype)
-    case = Case(**shape, dtype=dtype, storage=storage, evict=evict, tuning=None, flash=flash)
+@pytest.mark.parametrize("case", gpu_cases("flash"))
+def test_flash_of_vllm_on_the_gpu(case, evict):
+    flash = partial(flash_of_vllm, dim=case.dim, dtype=case.dtype)
     for lengths in [(256,), (100, 1, 1, 37), (65, 64, 66, 1)]:
-        check(replace(case, lengths=(1, 130, 250), chunks=lengths))
+        check(replace(case, evict=evict, flash=flash, chunks=lengths))
 
 
 @pytest.mark.gpu

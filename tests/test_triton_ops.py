@@ -7,7 +7,15 @@ from functools import partial
 import pytest
 import torch
 from arena_harness import Harness, Sequence
-from kernel_cases import DEVICE, SMALL, Case, assert_null_state_untouched, check, make_kernels
+from kernel_cases import (
+    DEVICE,
+    SMALL,
+    Case,
+    assert_null_state_untouched,
+    check,
+    gpu_cases,
+    make_kernels,
+)
 
 from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.ops import report
@@ -134,24 +142,7 @@ def test_only_padding_leaves_no_trace():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("dtype", "storage", "dim", "heads", "group"),
-    [
-        (torch.bfloat16, "model", 128, 8, 4),
-        (torch.bfloat16, "fp8", 128, 8, 4),
-        (torch.bfloat16, "int4", 128, 8, 4),
-        (torch.float16, "int4", 64, 2, 8),
-        (torch.bfloat16, "int4", 256, 2, 2),
-        (torch.float16, "model", 64, 2, 8),
-        (torch.float16, "fp8", 64, 2, 8),
-        (torch.bfloat16, "model", 80, 3, 1),
-        (torch.float32, "model", 128, 2, 5),
-        (torch.float32, "fp8", 64, 2, 2),
-    ],
-    ids=str,
-)
-def test_production_tiles_on_the_gpu(dtype, storage, dim, heads, group):
-    shape = {"dim": dim, "heads": heads, "group": group, "window": 64, "page": 16}
-    case = Case(**shape, dtype=dtype, storage=storage, lengths=(1, 130, 250), tuning=None)
+@pytest.mark.parametrize("case", gpu_cases("triton"))
+def test_production_tiles_on_the_gpu(case):
     for leaf, chunks in [(0, (256,)), (0, (100, 1, 1, 37)), (4, (256,)), (4, (90, 1, 1, 37))]:
         check(replace(case, chunks=chunks, leaf=leaf))

@@ -149,19 +149,13 @@ def wrap_config_hook(configure: Callable[[typing.Any], None]) -> None:
     if hasattr(module, "register_config_hook"):
         module.register_config_hook(configure)
         return
-    name = "vllm.config.vllm:VllmConfig.try_verify_and_update_config"
-    original = typing.cast(typing.Any, resolve_hook(name))
-    if getattr(original, "__wrapped_by__", None) == __name__:
-        return
 
-    @functools.wraps(original)
-    def try_verify_and_update_config(self: typing.Any) -> None:
+    def try_verify_and_update_config(original: Callable, self: typing.Any) -> None:
         if self.model_config is not None:
             configure(self)
         original(self)
 
-    try_verify_and_update_config.__wrapped_by__ = __name__  # type: ignore[attr-defined]
-    module.VllmConfig.try_verify_and_update_config = try_verify_and_update_config
+    _wrap_once("vllm.config.vllm:VllmConfig", try_verify_and_update_config)
 
 
 def wrap_model_config(prepare: Callable[[typing.Any], None]) -> None:
@@ -180,13 +174,8 @@ def wrap_model_config(prepare: Callable[[typing.Any], None]) -> None:
     if hasattr(module, "register_engine_args_hook"):
         module.register_engine_args_hook(prepare)
         return
-    name = "vllm.engine.arg_utils:EngineArgs.create_model_config"
-    original = typing.cast(typing.Any, resolve_hook(name))
-    if getattr(original, "__wrapped_by__", None) == __name__:
-        return
 
-    @functools.wraps(original)
-    def create_model_config(self: typing.Any) -> typing.Any:
+    def create_model_config(original: Callable, self: typing.Any) -> typing.Any:
         args = copy.copy(self)
         prepare(args)
         model_config = original(args)
@@ -194,5 +183,19 @@ def wrap_model_config(prepare: Callable[[typing.Any], None]) -> None:
             model_config.dms_adapter = args.dms_adapter
         return model_config
 
-    create_model_config.__wrapped_by__ = __name__  # type: ignore[attr-defined]
-    module.EngineArgs.create_model_config = create_model_config
+    _wrap_once("vllm.engine.arg_utils:EngineArgs", create_model_config)
+
+
+def _wrap_once(owner: str, wrapper: Callable) -> None:
+    """`wrapper(original, self)` for the method of its name; ``owner``: "module:Class"."""
+    name = wrapper.__name__
+    original = typing.cast(typing.Any, resolve_hook(f"{owner}.{name}"))
+    if getattr(original, "__wrapped_by__", None) == __name__:
+        return
+
+    @functools.wraps(original)
+    def method(self: typing.Any) -> typing.Any:
+        return wrapper(original, self)
+
+    method.__wrapped_by__ = __name__  # type: ignore[attr-defined]
+    setattr(resolve_hook(owner), name, method)

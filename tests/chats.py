@@ -6,13 +6,6 @@ from vllm import SamplingParams
 from vllm_dms.core.integrity import check_integrity
 from vllm_dms.reference import ReferenceModel
 
-DIALECTS = {
-    "borrowed": {"dialect": "nvidia-borrowed"},
-    "adapter": {"dialect": "nvidia-adapter"},
-    "per-layer": {"dialect": "nvidia-borrowed", "alpha_per": "layer"},
-    "fastdms": {"dialect": "fastdms"},
-    "disabled": {"dialect": "nvidia-borrowed", "disable_eviction": True},
-}
 ON = {"dms": {"prefix_cache": True}}
 
 

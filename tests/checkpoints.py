@@ -24,6 +24,23 @@ BYTES_END = len(SPECIAL) + 256  # token ids [3, 259) are the 256 bytes
 ALPHA_SCALE, ALPHA_OFFSET = 100.0, 5.0
 ALPHA_SPREAD = 0.3  # standard deviation of alpha; the threshold is offset / scale = 0.05
 CALIBRATION_TOKENS = 768
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Arguments of `make_checkpoint` for every kind of decision.
+DIALECTS = {
+    "borrowed": {"dialect": "nvidia-borrowed"},
+    "adapter": {"dialect": "nvidia-adapter"},
+    "per-layer": {"dialect": "nvidia-borrowed", "alpha_per": "layer"},
+    "adapter-per-layer": {"dialect": "nvidia-adapter", "alpha_per": "layer"},
+    "fastdms": {"dialect": "fastdms"},
+    "llama-adapter": {"dialect": "nvidia-adapter", "arch": "LlamaForCausalLM"},
+    "disabled": {"dialect": "nvidia-borrowed", "disable_eviction": True},
+}
 DEFAULT_ARCH = {
     "dense": "Qwen3ForCausalLM",
     "nvidia-borrowed": "Qwen3ForCausalLM",

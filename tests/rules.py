@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from vllm_dms.config import DMSConfig
 
 NVIDIA = {
@@ -35,3 +37,11 @@ def changed(rule, **fields):
 
 def without(mapping, key):
     return {k: v for k, v in mapping.items() if k != key}
+
+
+def check_refused(config, metadata, overrides, words):
+    """Files and settings are refused, in a message that has these words."""
+    with pytest.raises(ValueError) as error:
+        DMSConfig.from_checkpoint(config, metadata, overrides)
+    for word in words:
+        assert word in str(error.value)

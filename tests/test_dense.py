@@ -5,19 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from checkpoints import random_tokens
+from checkpoints import LLAMA3_ROPE, random_tokens
 from transformers import Qwen3ForCausalLM
 
 from vllm_dms.reference import ReferenceModel
 from vllm_dms.rope import rope_frequencies
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 PROMPT = random_tokens(400, seed=7)
 

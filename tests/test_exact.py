@@ -1,6 +1,7 @@
 """Through vLLM's engine: log-probabilities equal the reference model's, whatever the batching."""
 
 import pytest
+from checkpoints import DIALECTS
 from engines import (
     NOISE,
     check_exact,
@@ -15,16 +16,6 @@ from engines import (
 from vllm_dms.backend.runtime import get_runtime
 from vllm_dms.core.integrity import check_integrity
 from vllm_dms.reference import ReferenceModel, live_counts
-
-DIALECTS = {
-    "borrowed": {"dialect": "nvidia-borrowed"},
-    "adapter": {"dialect": "nvidia-adapter"},
-    "per-layer": {"dialect": "nvidia-borrowed", "alpha_per": "layer"},
-    "adapter-per-layer": {"dialect": "nvidia-adapter", "alpha_per": "layer"},
-    "fastdms": {"dialect": "fastdms"},
-    "llama-adapter": {"dialect": "nvidia-adapter", "arch": "LlamaForCausalLM"},
-    "disabled": {"dialect": "nvidia-borrowed", "disable_eviction": True},
-}
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 512])

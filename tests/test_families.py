@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from checkpoints import random_tokens
+from checkpoints import LLAMA3_ROPE, random_tokens
 from engines import (
     NOISE,
     check_exact,
@@ -21,13 +21,7 @@ from vllm_dms.models.families import FAMILIES, family_of_architectures
 from vllm_dms.reference import ReferenceModel
 
 ROPE = {
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
+    "llama3": LLAMA3_ROPE,
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "max_trained_positions": 8192},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},

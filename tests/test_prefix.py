@@ -2,13 +2,14 @@
 computed itself."""
 
 import pytest
-from chats import DIALECTS, Chat, answer_of, sampling_args, talk
+from chats import Chat, answer_of, sampling_args, talk
+from checkpoints import DIALECTS
 from engines import NOISE, generate, prompts, worst_error
 from vllm import SamplingParams
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 512])
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", ["borrowed", "adapter", "per-layer", "fastdms", "disabled"])
 def test_a_conversation_goes_on_from_its_last_turn(checkpoint, make_engine, name, chunk):
     if chunk != 96 and name not in ("borrowed", "adapter"):
         pytest.skip("one chunk size is enough for the variants")

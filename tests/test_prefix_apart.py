@@ -1,7 +1,8 @@
 """Through vLLM's engine, with `prefix_cache`: states are not used where they must not be, and in
 vLLM's other modes they are."""
 
-from chats import DIALECTS, Chat, answer_of, sampling_args, talk
+from chats import Chat, answer_of, sampling_args, talk
+from checkpoints import DIALECTS
 from engines import engine_args, generate, prompts, sampling, scheduler_of
 from vllm import SamplingParams
 from vllm.v1.request import Request

@@ -133,3 +133,19 @@ def test_other_platforms_are_refused(checkpoint, monkeypatch):
     vllm_config = engine_config(checkpoint("dense"), kv_cache_dtype="auto")
     config = DMSConfig("nvidia-borrowed", 64, 1.0, 0.0, shift=1)
     assert any("NVIDIA GPUs" in text for text in module.refusals(vllm_config, config))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "refused"), [("LAST", False), ("MEAN", True)], ids=["last token", "mean"]
+)
+def test_prefix_cache_is_refused_where_pooling_needs_a_prompt_in_one_step(
+    checkpoint, pooling, refused
+):
+    """vLLM's engine would end at the first prompt that is read in part."""
+    path, kind = checkpoint("nvidia-borrowed"), {"runner": "pooling", "convert": "embed"}
+    kind["pooler_config"] = {"seq_pooling_type": pooling}
+    vllm_config = engine_config(path, **kind)
+    config = DMSConfig.from_dict(vllm_config.additional_config["dms"])
+    assert not refusals(vllm_config, config)
+    texts = refusals(vllm_config, config, prefix_cache=True)
+    assert [text.startswith("prefix_cache is true") for text in texts] == [True] * refused

@@ -31,7 +31,7 @@ def refusals(vllm_config: VllmConfig, config: DMSConfig) -> list[str]:
     """The texts of those that apply."""
     every = (
         *_of_the_model(vllm_config, config),
-        *_of_features(vllm_config),
+        *_of_features(vllm_config, config),
         *_of_parallelism(vllm_config, config),
         *_of_compilation(vllm_config, config),
         *_of_the_machine(vllm_config, config),
@@ -90,7 +90,7 @@ def _of_the_model(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
     ]
 
 
-def _of_features(vllm_config: VllmConfig) -> list[Refusal]:
+def _of_features(vllm_config: VllmConfig, config: DMSConfig) -> list[Refusal]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     return [
         Refusal(
@@ -118,6 +118,11 @@ def _of_features(vllm_config: VllmConfig) -> list[Refusal]:
             "--kv-cache-dtype-skip-layers is set",
             cache.kv_cache_dtype_skip_layers,
             "all layers share one arena",
+        ),
+        Refusal(
+            "prefix_cache is true",
+            config.prefix_cache and not model.is_prefix_caching_supported,
+            "this pooling needs all of a prompt in one step",
         ),
         Refusal(
             "--enable-sleep-mode is set",

@@ -147,6 +147,25 @@ def test_an_adapter_of_another_model_is_refused(split, changes, message):
         ReferenceModel.from_dir(base, adapter=adapter)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (
+            torch.tensor([[1.0, float("nan")]]).expand(2, -1).repeat(1, 64),
+            "float32, with 128 of 256",
+        ),
+        (torch.full((2, 128), float("inf"), dtype=torch.bfloat16), "bfloat16, with 256 of 256"),
+        (torch.zeros(2, 128, dtype=torch.int8), "int8, with 0 of 256"),
+    ],
+    ids=["nan", "inf", "int8"],
+)
+def test_an_adapter_of_anything_but_finite_numbers_is_refused(split, tensor, found):
+    _, base, adapter = split
+    change(adapter, add={PROJ: tensor})
+    with pytest.raises(ValueError, match=f"layers.0.*{found} that are not.*another copy"):
+        check_against_base(read_adapter(adapter), base_config(base))
+
+
 def test_directories_that_are_no_adapter_are_refused(split, tmp_path):
     whole, base, adapter = split
     for path, message in [

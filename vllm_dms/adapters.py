@@ -161,11 +161,20 @@ def check_against_base(adapter: Adapter, hf_config: Any) -> None:
             f"{left_over[0]}: the base has {layers} layers. {remedy}"
         )
     for name, shape in expected.items():
-        found = tuple(adapter.tensors[name].shape)
+        tensor = adapter.tensors[name]
+        found = tuple(tensor.shape)
         if found != shape:
             raise ValueError(
                 f"{where}: {name} has shape {found}, the base needs {shape} "
                 f"({heads} KV heads, hidden size {hidden}). {remedy}"
+            )
+        # Of NaN no comparison is true: the head would evict nothing, and nobody would know.
+        bad = int((~tensor.float().isfinite()).sum())
+        if bad or not tensor.is_floating_point():
+            raise ValueError(
+                f"{where}: {name} must hold finite floating-point numbers, but is {tensor.dtype}, "
+                f"with {bad} of {tensor.numel()} that are not. Its training or its download went "
+                "wrong: use another copy."
             )
 
 

@@ -6,6 +6,7 @@ for its state.
 """
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from vllm.v1.request import Request
 
@@ -14,6 +15,16 @@ from vllm_dms.core.ledger import Ledger
 
 MAX_SEEN = 1 << 16  # hashes of blocks of prompts
 SHARED = ""  # of a block that prompts of several requests have; no request has this id
+
+
+class Due(NamedTuple):
+    """A state to keep before the next step: of a request at what that step leaves."""
+
+    request: Request
+    state: int
+    tenancy: int
+    num_tokens: int
+    awaited: bool  # others wait for it, or have that prefix, too
 
 
 class Branches:
@@ -58,9 +69,8 @@ class Branches:
         if not group:
             self._reading.pop(first, None)
 
-    def scheduled(self, request_id: str, end: int) -> tuple[Request, bool] | None:
-        """The request, if its state at ``end`` tokens is to be kept, and whether others have that
-        prefix, too."""
+    def scheduled(self, request_id: str, state: int, tenancy: int, end: int) -> Due | None:
+        """What is to be kept of a step that brings the request to ``end`` tokens."""
         request = self._prompts.get(request_id)
         if request is None:
             return None
@@ -68,7 +78,7 @@ class Branches:
         due = shared or end == request.num_prompt_tokens
         if end >= request.num_prompt_tokens:
             self.forget(request_id)
-        return (request, shared) if due else None
+        return Due(request, state, tenancy, end, shared) if due else None
 
     def chunk_of(self, request: Request, start: int, num_tokens: int) -> int:
         """Of ``num_tokens`` from ``start``, how many the next chunk has: it ends where a state is

@@ -14,7 +14,6 @@ A request that waits while another is about to leave a state that it can go on f
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
@@ -23,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dms.arena.messages import Copy
 from vllm_dms.arena.spec import DMSCacheSpec
-from vllm_dms.core.branches import Branches
+from vllm_dms.core.branches import Branches, Due
 from vllm_dms.core.kept import BRANCH, END, PROMPT, Kept, KeptStates, key_of
 from vllm_dms.core.ledger import Ledger
 from vllm_dms.core.mailbox import Mailbox
@@ -32,16 +31,6 @@ from vllm_dms.core.supply import Supply
 
 # One kind of states gives way to the other if requests go on from it this much less often.
 PREFERENCE = 8
-
-
-class Due(NamedTuple):
-    """A state to keep before the next step: of a request at what that step leaves."""
-
-    request: Request
-    state: int
-    tenancy: int
-    num_tokens: int
-    awaited: bool  # others wait for it, or have that prefix, too
 
 
 class PrefixCache:
@@ -196,10 +185,9 @@ class PrefixCache:
     def scheduled(self, step: Step) -> None:
         columns = (step.states.tolist(), step.tenancies.tolist(), step.ends.tolist())
         for request_id, state, tenancy, end in zip(step.requests, *columns, strict=True):
-            due = self.branches.scheduled(request_id, end)
+            due = self.branches.scheduled(request_id, state, tenancy, end)
             if due is not None:
-                request, awaited = due
-                self._due.append(Due(request, state, tenancy, end, awaited))
+                self._due.append(due)
 
     # Hits.
 

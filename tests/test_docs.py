@@ -38,7 +38,11 @@ def keys(page):
     return re.findall(r"`(\w+)`", "".join(cells))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *EXAMPLES]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     for path, anchor in links(page):
         assert path.exists(), path
@@ -47,6 +51,10 @@ def test_every_link_leads_somewhere(page):
 
 def test_readme_leads_to_every_page():
     assert {*PAGES} - {README} <= {path for path, _ in links(README)}
+
+
+def test_examples_lead_to_their_own():
+    assert {*EXAMPLES} <= {path for path, _ in links(ROOT / "examples" / "README.md")}
 
 
 def test_every_setting_is_described_once():

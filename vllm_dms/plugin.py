@@ -1,4 +1,4 @@
-"""Every hook into vLLM, in order: the map of the project.
+"""Where vLLM enters the plugin, in order: the map of the project. All it needs of vLLM: `hooks`.
 
 `register` runs in each vLLM process (frontend, engine core, worker, model inspection), before the
 config of that process is made or used. It changes nothing for engines that don't ask for DMS.
@@ -36,7 +36,8 @@ def register() -> None:
         for name in (family.dms_architecture, family.nvidia_architecture):
             ModelRegistry.register_model(name, f"vllm_dms.models:{family.dms_architecture}")
 
-    # The worker's side: those models import `backend.attention`, which then registers its backend.
+    # The worker's side: `models.graft`, which makes those models, imports `backend.attention`, and
+    # that registers its backend.
 
     # The scheduler's side: spec and manager. vLLM's own specs first: its registry fills itself
     # only while it is empty. The connector is named in the config (`gates`) and needs no entry.

@@ -48,7 +48,7 @@ def make_layout(vllm_config: VllmConfig, config: DMSConfig) -> ArenaLayout:
 
 
 def choose_ops(config: DMSConfig, device: torch.device) -> str:
-    """ "triton" or "torch", from the setting `kernels` and the device."""
+    """ "triton" or "torch", from the setting `kernels` and the device; "flash" is "triton", too."""
     if config.kernels == "auto":
         return "triton" if device.type == "cuda" else "torch"
     return "triton" if config.kernels == "flash" else config.kernels

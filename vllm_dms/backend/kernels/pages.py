@@ -1,5 +1,6 @@
 """Slots in pages: where they are, and how each format of `arena.storage` writes, moves and reads
-them. What a format means is said there, in PyTorch; `decode` has an inner loop for each.
+them. What a format means is said there, in PyTorch; `decode`, `decode_fp8` and
+`decode_int4` have an inner loop for each.
 """
 
 import triton

@@ -24,7 +24,8 @@ class Worker:
         # What the blocks hold: (whose, which of its row), or a record of `save`.
         self.content: dict[int, object] = {}
         self.texts: dict[int, object] = {}  # what the request of a state was fed, and its salt
-        self.num_restored = 0
+        self.num_restored = self.num_again = 0
+        self.stored: set[int] = set()  # states whose next token is one that they have
 
     def pages(self, state: int) -> int:
         return int((-(-self.live[state] // self.layout.page_size)).sum())
@@ -54,6 +55,12 @@ class Worker:
         for block, content in zip(target, held, strict=False):
             self.content[block] = content
         self.live[copy.state], self.tokens[copy.state] = live, tokens
+        if copy.again >= 0:
+            assert copy.again == tokens - 1
+            self.tokens[copy.state] -= 1
+            self.live[copy.state] -= tokens <= self.layout.ring_size
+            self.stored.add(copy.state)
+            self.num_again += 1
         assert target[: len(held)] == self.blocks_used(copy.state)
         self.num_restored += 1
 
@@ -68,12 +75,17 @@ class Worker:
             assert self.rows[state, 0] == first
             self.live[state] = 0
             self.tokens[state] = 0
+            self.stored.discard(state)
         for copy in meta.restores:
             self.restore(copy)
         for state, count, keep in zip(meta.states, num_tokens, keep_rates, strict=True):
             start, ring = self.tokens[state], self.layout.ring_size
             self.tokens[state] = end = start + count
             leaving = max(end - ring, 0) - max(start - ring, 0)
+            if state in self.stored:
+                assert count == 1 and leaving == (start >= ring)
+                self.stored.discard(state)
+                leaving = 0
             # Uneven heads: every row keeps at its own rate around the request's.
             rates = np.clip(keep * self.rng.uniform(0.5, 1.5, self.layout.num_rows), 0, 1)
             rates = np.where(keep >= 1, 1.0, rates)

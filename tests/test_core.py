@@ -51,6 +51,7 @@ turn = st.tuples(
 command = st.one_of(
     arrival,
     turn,
+    st.tuples(st.just("again"), st.integers(0, 7), st.integers(1, 60)),
     st.tuples(st.just("step"), st.integers(1, 12)),
     st.tuples(st.just("abort"), st.integers(0, 7)),
     st.tuples(st.just("reset")),
@@ -86,9 +87,14 @@ def test_no_page_beyond_the_blocks_held_and_everything_returned(
 
 
 def drive(engine, commands, ratio):
-    added, turns = [], Counter()
+    added, asked, turns = [], [], Counter()
     for command, *args in commands:
+        if command == "again" and asked:
+            # A prompt that came before, for another answer.
+            num_prompt, _, *rest = asked[args[0] % len(asked)]
+            command, args = "add", [num_prompt, args[1], *rest]
         if command == "add":
+            asked.append(args)
             # Ids are used again, but not while a step has them: vLLM itself forbids that.
             request_id = f"r{len(added) % 8}"
             if not engine.knows(request_id):

@@ -87,6 +87,30 @@ def test_a_text_that_many_ask_about_is_copied_whatever_that_costs_others():
         talks.ask([50 + i] * 30)
 
 
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_prompt_that_comes_again_is_found_but_for_its_last_token(lag):
+    talks = Talks(num_blocks=200, lag=lag)
+    for length in (8, 10, 16, 17, 33, 160, 161, 200):  # of a ring of 16 slots, in pages of 8
+        text = [length] * length
+        assert [talks.ask(text) for _ in range(3)] == [0, length - 1, length - 1]
+        assert talks.ask([*text, 1, 2]) == length
+    assert talks.engine.workers[0].num_again == 16
+
+
+def test_a_page_that_the_last_token_opened_is_not_given_back():
+    talks = Talks(num_blocks=200)
+    assert [talks.ask([3] * 9) for _ in range(2)] == [0, 0]
+
+
+def test_a_prompt_that_comes_again_takes_its_state_over_where_there_is_no_room_for_a_copy():
+    talks = Talks(num_blocks=16)
+    text = [5] * 160
+    for _ in range(4):
+        talks.ask(text)
+    assert talks.engine.workers[0].num_again == 3
+    assert talks.ask([*text, 1, 2, 3]) == 160
+
+
 def test_a_state_that_a_hit_took_over_is_found_again_at_the_end_of_its_request():
     talks = Talks(num_blocks=16)  # a prompt takes ten, and what it leaves four or five
     for turn in range(4):

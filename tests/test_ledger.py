@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm_dms.arena.report import REPORT_HORIZON, REPORT_WIDTH, Usage
 from vllm_dms.core.admission import LiveFraction, estimate_blocks
 from vllm_dms.core.ledger import Ledger
-from vllm_dms.core.records import Growth
+from vllm_dms.core.records import Growth, Mark
 
 
 def worst_case(live: np.ndarray, tokens: int, size: int) -> int:
@@ -128,3 +128,21 @@ def test_a_state_index_has_one_owner():
         ledger.release("a")
     with pytest.raises(AssertionError):
         ledger.grow(state, 3, 10)
+
+
+@pytest.mark.parametrize("num_tokens", [10, 100])  # within the ring, and past it
+def test_a_token_that_is_stored_once_more_is_in_flight_and_adds_nothing(num_tokens):
+    layout = make_layout()
+    ledger, live = Ledger(layout, 3), layout.num_rows * 10
+    mark = Mark(num_tokens, np.array([8, *[4] * REPORT_HORIZON, live]), live)
+    state = ledger.start("a")
+    ledger.resume(state, mark, again=True)
+    ledger.scheduled_end[state] = num_tokens
+    assert ledger.required_one(state, num_tokens) == ledger.required_after(mark, num_tokens) == 1
+    ledger.grow(state, 1, num_tokens)
+    step = ledger.make_step(1, ("a",))
+    assert ledger.in_flight(state)
+    _, growth = ledger.merge(step, Usage.of_rank(mark.row[None].astype(np.int32)))
+    assert not ledger.in_flight(state)
+    assert growth == Growth(0, 0, 0)
+    assert ledger.release("a") == ledger.start("b") == state and not ledger.in_flight(state)

@@ -26,6 +26,41 @@ def test_a_conversation_whose_answers_come_back_otherwise_goes_on_from_its_promp
     assert cached == [[0, 0], *([230 + 35 * t, 97 + 35 * t] for t in range(4))]
 
 
+@pytest.mark.parametrize("name", ["borrowed", "adapter", "per-layer", "fastdms", "disabled"])
+def test_a_prompt_that_comes_again_is_not_read_again(checkpoint, make_engine, name):
+    chat = Chat(checkpoint(**DIALECTS[name]), make_engine)
+    for length in (12, 30, 97, 230):
+        (ids,) = prompts((length,), seed=60 + length)
+        fresh, *again = (chat.ask([ids], 20)[0] for _ in range(3))
+        assert fresh.num_cached_tokens == 0
+        for output in again:
+            assert output.num_cached_tokens == length - 1
+            assert furthest(output, fresh) < NOISE
+        # Another answer, and a turn after it.
+        (other,) = chat.ask([ids], 20, temperature=1.0, seed=length)
+        assert other.num_cached_tokens == length - 1
+        assert answer_of(other) != answer_of(fresh)
+        (turn,) = chat.ask([[*ids, *answer_of(other), 5, 6, 7]], 20)
+        assert turn.num_cached_tokens == length + 19
+        assert chat.ask([ids], salts=["a"])[0].num_cached_tokens == 0
+    chat.llm.reset_prefix_cache(reset_connector=True)
+    assert [o.num_cached_tokens for o in chat.ask([ids])] == [0]
+
+
+def furthest(output, other) -> float:
+    """Largest difference of log-probabilities of the same tokens in two same answers."""
+    assert answer_of(output) == answer_of(other)
+    steps = zip(output.outputs[0].logprobs, other.outputs[0].logprobs, strict=True)
+    return max(abs(a[t].logprob - b[t].logprob) for a, b in steps for t in a if t in b)
+
+
+def test_the_same_prompt_at_once_is_read_once(checkpoint, make_engine):
+    chat = Chat(checkpoint(**DIALECTS["borrowed"]), make_engine)
+    (ids,) = prompts((230,), seed=10)
+    assert [o.num_cached_tokens for o in chat.ask([ids, ids, ids])] == [0, 224, 224]
+    assert [o.num_cached_tokens for o in chat.ask([ids, ids, ids])] == [229] * 3
+
+
 @pytest.mark.parametrize("name", ["borrowed", "fastdms"])
 def test_a_document_is_read_by_the_first_of_many_questions(checkpoint, make_engine, name):
     args = {"max_model_len": 4352, "kv_cache_memory_bytes": 64 << 20}
@@ -50,12 +85,13 @@ def test_prompts_fork_inside_a_chunk_and_a_block(checkpoint, make_engine):
 def test_answers_of_one_prompt_fork_from_one_reading(checkpoint, make_engine):
     chat = Chat(checkpoint(**DIALECTS["borrowed"]), make_engine)
     (ids,) = prompts((230,), seed=9)
+    before = chat.manager.prefix._went_on["branch"]
     params = SamplingParams(**{**sampling_args(8), "temperature": 1.0, "n": 4})
     (output,) = generate(chat.llm, [ids], params)
     for i in range(4):
         output.outputs[0] = output.outputs[i]
         assert worst_error(chat.reference, ids, output) < NOISE
-    assert chat.manager.prefix._went_on["branch"] == 3
+    assert chat.manager.prefix._went_on["branch"] == before + 3
 
 
 def test_hits_go_on_when_half_of_the_states_are_gone(checkpoint, make_engine):
@@ -99,6 +135,10 @@ def test_a_state_is_as_it_was_stored(checkpoint, make_engine, storage):
     assert answer_of(hit) == answer_of(first)[1:]
     for a, b in zip(hit.outputs[0].logprobs, first.outputs[0].logprobs[1:], strict=True):
         assert all(abs(a[t].logprob - b[t].logprob) < 1e-4 for t in a if t in b)
+    # What was read of the prompt's last chunk in its own step was not rounded yet.
+    second, third = (chat.ask([ids], 20)[0] for _ in range(2))
+    assert second.num_cached_tokens == third.num_cached_tokens == 229
+    assert furthest(second, third) < 1e-4
 
 
 # On a GPU, with CUDA graphs and async scheduling.
@@ -124,3 +164,5 @@ def test_conversations_and_documents_with_graphs(checkpoint, make_engine, name):
         text += [*answer_of(output), 1, 2, 3]
     outputs = chat.ask(texts, 40)
     assert sum(o.num_cached_tokens > 0 for o in outputs) >= 50
+    again = chat.ask(texts[-8:], 40)
+    assert [o.num_cached_tokens for o in again] == [len(text) - 1 for text in texts[-8:]]

@@ -77,6 +77,7 @@ def test_answers_in_a_storm_are_those_of_the_reference(checkpoint, make_engine, 
     assert storm.hits > 10 and chat.scheduler.connector.stats.preemptions > preemptions
     manager = chat.manager
     assert manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks
+    chat.ask([[3] * 20])  # a state may have been due of a request that was aborted
     prefix = manager.prefix
     tables = (prefix._hits, prefix._ending, prefix._lineage, prefix._due, prefix.kept._pending)
     tables += (prefix.branches._prompts, prefix.branches._reading, prefix.branches._cuts)

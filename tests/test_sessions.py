@@ -1,6 +1,7 @@
 """Requests with streaming input: several turns, between which they wait and keep their blocks."""
 
 import pytest
+from core_sim import HASHER
 from core_sim import make_engine as simulated_engine
 from engines import engine_args, prompts, scheduler_of
 from vllm.sampling_params import SamplingParams
@@ -29,6 +30,27 @@ def test_turns_of_streaming_input_are_stored_once(lag):
     engine.drain()
     assert engine.finished["other"] == "length"
     assert not engine.manager.ledger.requests and not engine.manager.sessions
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_a_turn_that_stores_a_token_once_more_has_one_step_in_flight(lag):
+    engine = simulated_engine(extra_blocks=40, prefix_cache=True, lag=lag)
+    engine.add("plain", 100, 4, keep=0.5)
+    engine.drain()
+    params = SamplingParams(max_tokens=60, stop_token_ids=[7], ignore_eos=True)
+    engine.keep["stream"] = 1.0
+    for ids in ([1] * 100, [1] * 20):
+        engine.scheduler.add_request(
+            Request("stream", ids, params, None, resumable=True, block_hasher=HASHER)
+        )
+        for _ in range(8):
+            engine.step()
+        state = engine.manager.ledger.state_of("stream")
+        computed = engine.scheduler.requests["stream"].num_computed_tokens
+        assert engine.workers[0].tokens[state] == computed
+    assert engine.workers[0].num_again == 1
+    engine.scheduler.finish_requests("stream", RequestStatus.FINISHED_ABORTED)
+    engine.drain()
 
 
 def session_that_outgrows_the_pool(lag):

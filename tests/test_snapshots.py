@@ -1,11 +1,13 @@
 """A state that was kept goes on in another request as if that had read its tokens itself."""
 
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from arena_harness import Harness, assert_taken_from_own_blocks, gather_row
-from kernel_cases import DEVICE, Case, assert_as_good_as_plain
+from kernel_cases import DEVICE, Case, assert_as_good_as_plain, equal, make_kernels
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import ModelStorage
@@ -24,9 +26,9 @@ def ids(blocks):
 class Keeper:
     """A harness whose last rows of blocks are nobody's, to keep states in."""
 
-    def __init__(self, case: Case, kind: str) -> None:
+    def __init__(self, case: Case, kind: str, make_ops=TorchOps) -> None:
         config, layout = case.config(), case.layout()
-        self.harness = Harness(TorchOps, config, layout, len(case.lengths) + 2, 512, DEVICE)
+        self.harness = Harness(make_ops, config, layout, len(case.lengths) + 2, 512, DEVICE)
         self.snapshots = IMPLEMENTATIONS[kind](self.harness.state)
         self.layout, self.state = layout, self.harness.state
         self.spare = self.harness.rows[-2:].flatten().tolist()
@@ -49,7 +51,7 @@ class Keeper:
         assert torch.equal(self.state.blocks[ids(target[used:]).long()], untouched)
         return target[:used], record
 
-    def restore(self, index, kept, move=False):
+    def restore(self, index, kept, move=False, again=-1):
         blocks, record = kept
         if move:
             others = [b for b in self.harness.rows[index].tolist() if b not in blocks]
@@ -57,7 +59,7 @@ class Keeper:
             self.harness.rows[index] = ids(row)
         self.harness.start(index)
         target = self.harness.rows[index][: len(blocks)]
-        self.snapshots.restore(index + 1, ids(blocks), target.contiguous(), ids(record))
+        self.snapshots.restore(index + 1, ids(blocks), target.contiguous(), ids(record), again)
 
 
 def fork(sequence, at, other):
@@ -105,6 +107,50 @@ def check_forks(case: Case, kind: str, at: int, in_place=False, move=False):
         assert_as_good_as_plain(case, sequence, other)
 
 
+def check_again(case: Case, kind: str, at: int, chunks=(7, 1, 1), move=False):
+    """A request goes on from a state of ``at`` tokens, of which it stores the last once more,
+    beside the one that left it: nothing is different, then and later."""
+    lengths = (at + case.window + 6,) * 3
+    case = replace(case, lengths=lengths, rounded=case.storage != "model")
+    make_ops = partial(make_kernels, group=case.group) if kind == "triton" else TorchOps
+    keeper, (first, *_) = Keeper(case, kind, make_ops), case.sequences()
+    keeper.harness.start(0)
+    counts = itertools.cycle(chunks)
+    while first.stored < at:
+        keeper.feed(0, first, [min(next(counts), at - first.stored)])
+    kept = keeper.save(0, bound=2)
+    second = fork(first, at - 1, case.sequences()[0])
+    keeper.restore(1, kept, move, again=at - 1)
+    keeper.feed(1, second, [1])
+    assert_equal_states(case, keeper.state, at)
+    assert_near(case, second.outputs[-1], first.outputs[-1][-1:])
+    while first.stored < len(first):
+        # One, then until the last of the kept tokens leaves the window, then the rest.
+        count = min(case.window if first.stored == at + 1 else 1, len(first) - first.stored)
+        keeper.harness.step([(0, first, count), (1, second, count)])
+        assert_equal_states(case, keeper.state, first.stored)
+        assert_near(case, second.outputs[-1], first.outputs[-1])
+    assert_taken_from_own_blocks(keeper.harness, 2)
+
+
+def assert_near(case: Case, a, b):
+    """Kernels sum up tile by tile, program by program; with FP8 and 4 bits weights are float16."""
+    eps = 1e-5 if case.storage == "model" else 4 * torch.finfo(torch.float16).eps
+    assert (a - b).abs().max() <= eps * b.abs().max()
+
+
+def assert_equal_states(case: Case, state, stored: int):
+    """Of the first two requests, whatever pages they are in."""
+    for part in (state.pages_used, state.leaves_used, state.live):
+        assert torch.equal(part[1], part[2])
+    ring = torch.arange(max(0, stored - case.window - 1), stored) % (case.window + 1)
+    assert torch.equal(state.evict_ring[1][..., ring], state.evict_ring[2][..., ring])
+    for layer in range(case.layers):
+        for head in range(case.heads):
+            rows = (gather_row(state, index, layer, head) for index in (1, 2))
+            assert all(equal(a, b) for a, b in zip(*rows, strict=True))
+
+
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)
 @pytest.mark.parametrize("at", [1, 5, 8, 9, 10, 50])
 @pytest.mark.parametrize("shift", [0, 1])
@@ -147,3 +193,34 @@ def test_the_record_of_an_8b_model_takes_one_block():
     storage = ModelStorage(torch.bfloat16)
     layout = ArenaLayout(36, 8, 128, 512, 64, 16, storage, max_model_len=40960)
     assert layout.record_blocks == 1
+
+
+AGAIN = [
+    {"shift": 0, "rates": (0.5, 0.1)},
+    {"shift": 1},
+    {"evict": False},
+    {"leaf": 2, "rates": (0.0, 0.9, 0.3), "heads": 3, "shift": 0},
+    {"storage": "fp8", "leaf": 2},
+    {"storage": "int4", "dim": 64, "shift": 0},
+    {"window": 40, "heads": 1},
+    {"window": 15, "page": 4, "evict": False, "shift": 0},
+]
+
+
+@pytest.mark.parametrize("case", AGAIN, ids=str)
+def test_the_last_token_of_a_state_may_be_stored_once_more(case):
+    case = replace(CASE, **case)
+    for at in range(1, 60):
+        if case.layout().can_rewind(at):
+            check_again(case, "torch", at, (7, 1, 1) if at % 2 else (70,), move=at % 3 == 0)
+
+
+@pytest.mark.parametrize("at", [8, 17, 50])  # of a ring of 9 slots, in pages of 8
+@pytest.mark.parametrize("case", AGAIN[:-2], ids=str)
+def test_the_last_token_of_a_state_may_be_stored_once_more_by_kernels(case, at):
+    check_again(replace(CASE, **case), "triton", at, (at,), move=at == 17)
+
+
+def test_a_token_that_opened_a_page_in_a_growing_ring_is_not_stored_once_more():
+    layout = CASE.layout()
+    assert [at for at in range(1, 30) if not layout.can_rewind(at)] == [1, 9]

@@ -109,6 +109,11 @@ class ArenaLayout:
         """Entries of a row's page table: its first pages, then its leaves."""
         return self.leaf_size + self.max_leaves_per_row
 
+    def can_rewind(self, num_tokens: int) -> bool:
+        """Whether a state of so many tokens can be restored to store the last of them once more
+        (`backend.snapshots`): not if that opened a page in a ring that was not full."""
+        return num_tokens > self.ring_size or (num_tokens - 1) % self.page_size > 0
+
     @property
     def record_row_bytes(self) -> int:
         """Bytes of one row in a record: live slots, page table, verdicts; whole int32."""

@@ -19,6 +19,7 @@ class Copy(NamedTuple):
     state: int  # index
     # int32 [n], [n], [record_blocks]: read from, written to, and what lies beside them
     blocks: tuple[np.ndarray, np.ndarray, np.ndarray]
+    again: int = -1  # restored: position of the last token, if it is about to be stored once more
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ one or few blocks of its own, so that nothing is kept outside of the pool::
                     int32 [table_width]         page table, of the kept blocks
                     uint8 [ring_size, padded]   verdicts on the ring
 
+Who finds a state of all its tokens stores the last of them *again*, because a step has a token to
+compute, and so that nothing is different after it: the slot in the ring holds that token already,
+and what was there before has left. A verdict "evicted" keeps it from leaving once more. While the
+ring was not full, each token made its row longer: there the row gets shorter by the last one.
+
 Copies are enqueued one after the other, in the order in which they were decided: a block may be
 read for one copy and written by the next.
 """
@@ -35,10 +40,16 @@ class Snapshots(Protocol):
         ``target``."""
 
     def restore(
-        self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
+        self,
+        s: int,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        record: torch.Tensor,
+        again: int = -1,
     ) -> None:
         """Make what `save` kept in ``source`` and ``record`` the state of index ``s``, whose first
-        blocks are ``target``."""
+        blocks are ``target``. ``again``: position of the last token, if the coming step stores it
+        once more."""
 
 
 class TorchSnapshots:
@@ -66,7 +77,12 @@ class TorchSnapshots:
         state.blocks[record.long()] = flat.view(len(record), -1)
 
     def restore(
-        self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
+        self,
+        s: int,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        record: torch.Tensor,
+        again: int = -1,
     ) -> None:
         state, layout = self._state, self._layout
         flat = state.blocks[record.long()].flatten()
@@ -77,6 +93,10 @@ class TorchSnapshots:
         state.live[s].view(-1).copy_(live)
         state.page_table[s].flatten(0, 1).copy_(self._translate_table(table))
         state.evict_ring[s].flatten(0, 1).copy_(ring)
+        if again >= 0:
+            state.evict_ring[s, :, :, again % layout.ring_size] = 1
+            if again < layout.ring_size:
+                state.live[s] = again
 
     def _copy_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
         state, layout = self._state, self._layout

@@ -35,9 +35,10 @@ def apply_message(state: ArenaState, snapshots: Snapshots | None, meta: DMSStepM
         assert snapshots is not None, "prefix_cache is off"
         snapshots.save(*save)
     apply_updates(state, meta)
-    for restore in on_device(meta.restores, state.blocks.device):
+    restores = on_device(meta.restores, state.blocks.device)
+    for copy, restore in zip(meta.restores, restores, strict=True):
         assert snapshots is not None, "prefix_cache is off"
-        snapshots.restore(*restore)
+        snapshots.restore(*restore, copy.again)
 
 
 def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:

@@ -61,6 +61,18 @@ class Kept:
         return len(self.blocks) + len(self.record)
 
 
+class Hit(NamedTuple):
+    """What a request goes on from."""
+
+    kept: Kept
+    num_tokens: int  # that it need not compute: of a state of all its tokens, all but the last
+
+    @property
+    def again(self) -> int:
+        """Position of a token that it stores although the state has it, or -1."""
+        return self.num_tokens if self.num_tokens < self.kept.num_tokens else -1
+
+
 class KeptStates:
     def __init__(self, pool: BlockPool, block_size: int, pages_per_block: int) -> None:
         self._pool = pool

@@ -44,6 +44,7 @@ class Ledger:
         self.reported_end = zeros()  # tokens at the last report
         self.pages = zeros()  # in use at the last report, on the fullest rank
         self.fullest = zeros()  # slots in use at the last report, over the fullest rank's rows
+        self.again = zeros()  # 1: its step in flight stores a token that was stored before
         self.live = zeros()  # the same over the rows of all ranks
         self.need = zeros(REPORT_HORIZON + 1)  # worst(k) for k = 0..REPORT_HORIZON
         self.safe_end = zeros()  # tokens for which the held blocks suffice
@@ -76,7 +77,7 @@ class Ledger:
         self._states[request_id] = state
         self._tenancies += 1
         self.tenancy[state] = self._tenancies
-        for array in (self.held, self.scheduled_end, self.reported_end, self.pages):
+        for array in (self.held, self.scheduled_end, self.reported_end, self.pages, self.again):
             array[state] = 0
         self.fullest[state] = self.live[state] = self.safe_end[state] = 0
         # Up to a page of tokens takes at most one page of each row.
@@ -84,8 +85,10 @@ class Ledger:
         self.need[state, 0] = 0
         return state
 
-    def resume(self, state: int, mark: Mark) -> None:
-        """Not at zero tokens, but where another request was."""
+    def resume(self, state: int, mark: Mark, again: bool) -> None:
+        """Not at zero tokens, but where another request was. ``again``: its first step stores the
+        last of these tokens once more, so that after it there are as many."""
+        self.again[state] = again
         self.scheduled_end[state] = self.reported_end[state] = mark.num_tokens
         self.pages[state], self.fullest[state] = mark.row[0], mark.row[-1]
         self.need[state, 1:] = mark.row[1:-1]
@@ -110,7 +113,8 @@ class Ledger:
 
     def in_flight(self, state: int) -> bool:
         """Whether a step of the request was scheduled and is not reported yet."""
-        return self.scheduled_end.item(state) > self.reported_end.item(state)
+        ahead = self.scheduled_end.item(state) > self.reported_end.item(state)
+        return ahead or bool(self.again[state])
 
     def required_one(self, state: int, end: int) -> int:
         """Blocks needed so that ``state`` can run up to ``end`` tokens."""
@@ -182,7 +186,7 @@ class Ledger:
         self.pages[states] = pages
         self.need[states, 1:] = need
         self.fullest[states], self.live[states] = fullest, live
-        self.reported_end[states] = ends
+        self.reported_end[states], self.again[states] = ends, 0
 
         # As `required_one`, looking ahead to the report's horizon: a decoding request would only
         # ask again for what it returned.

@@ -41,13 +41,13 @@ class Mailbox:
         if self._restores:
             self._restores = [copy for copy in self._restores if copy.state != state]
 
-    def save(self, copy: Copy) -> None:
+    def save(self, state: int, *blocks: list[KVCacheBlock]) -> None:
         """What the steps so far left; even of a request that is about to go."""
-        self._saves.append(copy)
+        self._saves.append(make_copy(state, *blocks))
 
-    def restore(self, copy: Copy) -> None:
+    def restore(self, state: int, *blocks: list[KVCacheBlock], again: int) -> None:
         """For a request that starts in the coming step."""
-        self._restores.append(copy)
+        self._restores.append(make_copy(state, *blocks)._replace(again=again))
 
     def fail_running(self, first: KVCacheBlock) -> None:
         """Have the worker name this block as failed: vLLM ends the running request that owns it."""
@@ -81,3 +81,8 @@ class Mailbox:
         if step.step_id != step_id:
             raise RuntimeError(f"report of step {step_id} while step {step.step_id} is due")
         return step
+
+
+def make_copy(state: int, *blocks: list[KVCacheBlock]) -> Copy:
+    source, target, record = (np.array([b.block_id for b in part], np.int32) for part in blocks)
+    return Copy(state, (source, target, record))

@@ -9,21 +9,22 @@ where prompts diverged      the longest prefix of whole blocks that another prom
 The first and the last are copies, made before the step that goes on from there; at its end a
 request leaves its blocks behind as they are. All of it is done as far as free blocks go.
 
+A request all of whose tokens a state has goes on from there, too: it stores the last of them once
+more, which changes nothing but gives the step a token to compute.
+
 A request that waits while another is about to leave a state that it can go on from, waits for it.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 
-import numpy as np
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dms.arena.messages import Copy
 from vllm_dms.arena.spec import DMSCacheSpec
 from vllm_dms.core.branches import Branches, Due
-from vllm_dms.core.kept import BRANCH, END, PROMPT, Kept, KeptStates, key_of
+from vllm_dms.core.kept import BRANCH, END, PROMPT, Hit, Kept, KeptStates, key_of
 from vllm_dms.core.ledger import Ledger
 from vllm_dms.core.mailbox import Mailbox
 from vllm_dms.core.records import Mark, Step
@@ -50,7 +51,7 @@ class PrefixCache:
         self.kept = supply.kept = KeptStates(pool, spec.block_size, layout.pages_per_block)
         # What is worth a wait, or a chunk that ends there: less is not compressed either.
         self.branches = Branches(ledger, self.kept, spec.block_size, layout.ring_size)
-        self._hits: dict[str, Kept] = {}  # of waiting requests, found in this step
+        self._hits: dict[str, Hit] = {}  # of waiting requests, found in this step
         self._due: list[Due] = []
         self._ending: dict[str, Request] = {}
         self._lineage: dict[str, tuple[Kept, ...]] = {}  # states that a request went on from
@@ -72,11 +73,11 @@ class PrefixCache:
     def starts(self, request_id: str, state: int) -> Callable[[int], list[KVCacheBlock]] | None:
         """It got a state index. If it has a hit, what gives it so many blocks, restored."""
         self.branches.starts(request_id)
-        kept = self._hits.get(request_id)
-        if kept is None:
+        hit = self._hits.get(request_id)
+        if hit is None:
             return None
-        assert kept.mark is not None and self.kept.has(kept)
-        self._ledger.resume(state, kept.mark)
+        assert hit.kept.mark is not None and self.kept.has(hit.kept)
+        self._ledger.resume(state, hit.kept.mark, hit.again >= 0)
         return functools.partial(self.restore, request_id, state)
 
     def leave(self, request_id: str, state: int | None, blocks: list[KVCacheBlock]) -> int:
@@ -105,11 +106,11 @@ class PrefixCache:
         else:
             return 0
         own = blocks[:count]
-        self._post_save(state, own, own, record)
+        self._mailbox.save(state, own, own, record)
         mark = ledger.mark(state) if ledger.reported_end[state] == num_tokens else None
         kept = Kept(key, num_tokens, own, record, mark, END, lineage)
         self.kept.add(kept, state, ledger.tenancy.item(state))
-        self._supersede(kept)
+        self._supersede(kept, request)
         preferred = self._preferred()
         if preferred == PROMPT:
             self.kept.give_way(kept)
@@ -122,11 +123,12 @@ class PrefixCache:
         enough = num_tokens >= self._spec.layout.page_size
         return enough and self._ledger.tenancy.item(state) >= self._valid_from
 
-    def _supersede(self, kept: Kept) -> None:
+    def _supersede(self, kept: Kept, request: Request) -> None:
         """Whoever would go on from what its request went on from, can go on from ``kept``; unless
-        others went on from there, too."""
+        others went on from there, too, or it is the same prompt, which may come again."""
         for other in kept.before:
-            if other.kind != BRANCH and other.hits == 1:
+            same = other.num_tokens == request.num_prompt_tokens
+            if other.kind != BRANCH and other.hits == 1 and not same:
                 self.kept.give_way(other)
 
     def _preferred(self) -> str | None:
@@ -171,16 +173,13 @@ class PrefixCache:
             if superfluous or needed > self._supply.num_free:
                 return
         target, record = self._supply.take(count), self._supply.take(self._num_record_blocks)
-        self._post_save(state, held[:count], target, record)
+        self._mailbox.save(state, held[:count], target, record)
         mark = ledger.mark(state) if ledger.reported_end[state] == num_tokens else None
         before = self._lineage.get(request_id, ())
         kept = Kept(key, num_tokens, target, record, mark, kind, before)
         self.kept.add(kept, state, ledger.tenancy.item(state))
-        self._supersede(kept)
+        self._supersede(kept, request)
         self._lineage[request_id] = (*before, kept)
-
-    def _post_save(self, state: int, *blocks: list[KVCacheBlock]) -> None:
-        self._mailbox.save(make_copy(state, *blocks))
 
     def scheduled(self, step: Step) -> None:
         columns = (step.states.tolist(), step.tenancies.tolist(), step.ends.tolist())
@@ -196,7 +195,9 @@ class PrefixCache:
         self._hits.pop(request.request_id, None)
         if request.skip_reading_prefix_cache:
             return 0
-        limit = request.num_tokens - 1
+        limit = request.num_tokens
+        if not self._spec.layout.can_rewind(limit):
+            limit -= 1
         kept = self.kept.find(request, limit)
         if kept is not None and kept.mark is None:
             return None  # until its report is in
@@ -205,8 +206,8 @@ class PrefixCache:
             return None
         if kept is None or not self._can_fit(kept, request.num_tokens):
             return 0
-        self._hits[request.request_id] = kept
-        return best
+        hit = self._hits[request.request_id] = Hit(kept, min(best, request.num_tokens - 1))
+        return hit.num_tokens
 
     def _can_fit(self, kept: Kept, num_tokens: int) -> bool:
         assert kept.mark is not None
@@ -217,14 +218,15 @@ class PrefixCache:
         """What `match` found, for a request that vLLM takes to have so many tokens computed."""
         if not num_tokens:
             return None
-        kept = self._hits[request_id]
-        assert kept.num_tokens == num_tokens and self.kept.has(kept)
-        return kept.mark
+        hit = self._hits[request_id]
+        assert hit.num_tokens == num_tokens and self.kept.has(hit.kept)
+        return hit.kept.mark
 
     def restore(self, request_id: str, state: int, count: int) -> list[KVCacheBlock]:
         """``count`` blocks for the request that goes on from its hit. It takes over those of the
         hit where a copy would be at the expense of other states, or there is no room for one."""
-        kept = self._hits.pop(request_id)
+        hit = self._hits.pop(request_id)
+        kept = hit.kept
         self.kept.pin(kept)
         room, source = self._supply.make_room(count), kept.blocks
         if room or (count <= self._supply.num_free and (kept.kind == BRANCH or kept.hits)):
@@ -233,7 +235,8 @@ class PrefixCache:
         else:
             source = self.kept.take_over(kept)
             blocks = [*source, *self._supply.take(count - len(source))]
-        self._mailbox.restore(make_copy(state, source, blocks[: len(source)], kept.record))
+        target = blocks[: len(source)]
+        self._mailbox.restore(state, source, target, kept.record, again=hit.again)
         kept.hits += 1
         self._went_on[kept.kind] += 1
         if max(self._went_on.values()) > 1 << 8:
@@ -245,8 +248,3 @@ class PrefixCache:
         kept.before = ()
         self._lineage[request_id] = (kept,)
         return blocks
-
-
-def make_copy(state: int, *blocks: list[KVCacheBlock]) -> Copy:
-    source, target, record = (np.array([b.block_id for b in part], np.int32) for part in blocks)
-    return Copy(state, (source, target, record))

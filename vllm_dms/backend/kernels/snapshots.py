@@ -59,7 +59,7 @@ def record_at(base, record, offs, mask, SIZE: tl.constexpr):
     return base + block * SIZE + offs % SIZE
 
 
-@triton.jit(do_not_specialize=["s"], do_not_specialize_on_alignment=["record"])
+@triton.jit(do_not_specialize=["s", "again"], do_not_specialize_on_alignment=["record"])
 def record_kernel(
     words,
     bytes,
@@ -71,6 +71,7 @@ def record_kernel(
     evict_ring,
     record,
     s,
+    again,
     ROWS: tl.constexpr,
     R: tl.constexpr,
     R_PAD: tl.constexpr,
@@ -83,7 +84,8 @@ def record_kernel(
     BLOCK_BYTES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Grid (rows of a state): what lies beside the pages, into the record or out of it."""
+    """Grid (rows of a state): what lies beside the pages, into the record or out of it; ``again``
+    as in `Snapshots.restore`."""
     i = tl.program_id(0)
     row = s.to(tl.int64) * ROWS + i
     WORDS: tl.constexpr = BLOCK_BYTES // 4
@@ -117,8 +119,11 @@ def record_kernel(
         tl.store(kept_counters, used, mask=(counter < 2) & (i == 0))
     else:
         tl.store(own_table, listed, mask=in_table)
+        verdicts = tl.where((again >= 0) & (slot == again % R), 1, verdicts)
         tl.store(own_ring, verdicts, mask=in_ring)
-        tl.store(live + row + zero, tl.load(kept_live, mask=one, other=0), mask=one)
+        slots = tl.load(kept_live, mask=one, other=0)
+        slots = tl.where((again >= 0) & (again < R), again, slots)
+        tl.store(live + row + zero, slots, mask=one)
         used = tl.load(kept_counters)
         tl.store(pages_used + s + zero, used, mask=(counter == 0) & (i == 0))
         tl.store(leaves_used + s + zero, used, mask=(counter == 1) & (i == 0))
@@ -169,12 +174,17 @@ class TritonSnapshots:
     def save(
         self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
     ) -> None:
-        self._copy(s, source, target, record, saves=True)
+        self._copy(s, source, target, record, -1, saves=True)
 
     def restore(
-        self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
+        self,
+        s: int,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        record: torch.Tensor,
+        again: int = -1,
     ) -> None:
-        self._copy(s, source, target, record, saves=False)
+        self._copy(s, source, target, record, again, saves=False)
 
     def _copy(
         self,
@@ -182,6 +192,7 @@ class TritonSnapshots:
         source: torch.Tensor,
         target: torch.Tensor,
         record: torch.Tensor,
+        again: int,
         saves: bool,
     ) -> None:
         state = self._state
@@ -192,6 +203,6 @@ class TritonSnapshots:
         )  # fmt: skip
         record_kernel[(state.layout.num_rows,)](
             self._words32, self._bytes, self._moved, state.pages_used, state.leaves_used,
-            state.live, state.page_table, state.evict_ring, record, s,
+            state.live, state.page_table, state.evict_ring, record, s, again,
             SAVE=saves, **self._record_sizes,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.report import REPORT_WIDTH
+from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.projection import rotated_width
 from vllm_dms.backend.state import Batch
 
@@ -41,6 +42,15 @@ def run_projection(ops, batch, dtype, projection):
     positions = torch.zeros(tokens + 1, dtype=torch.int64)[1:]
     for layer in (0, 1, 16):
         ops.store_projection(batch, layer, projection, qkv, positions, None, rotated)
+
+
+def run_snapshots(snapshots):
+    """Of other states than the warm-up's, in blocks from addresses that are not aligned."""
+    ids = torch.arange(8, dtype=torch.int32)
+    for s, first, again in ((1, 1, -1), (2, 3, 0), (3, 0, 1), (16, 2, 16), (17, 1, 1000)):
+        blocks = ids[first : first + 2]
+        snapshots.save(s, blocks, blocks, ids[first:])
+        snapshots.restore(s, blocks, ids[first + 1 : first + 3], ids[first:], again)
 
 
 def run(ops, batch, dtype, offset=0):
@@ -79,7 +89,10 @@ def main(storage, *flash):
     ops.warm_up(dtype, None)
     ops.warm_up(dtype, projection)
     ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
+    snapshots = TritonSnapshots(ops.state)
+    snapshots.warm_up()
     warm = list(asked)
+    run_snapshots(snapshots)
     for batch in batches():
         run(ops, batch, dtype)
         run_projection(ops, batch, dtype, projection)

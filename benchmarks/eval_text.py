@@ -118,7 +118,7 @@ def run_arm(args, arm: tuple[str, dict | None], plan: texts.Plan, others) -> tex
         max_model_len=max(args.lengths),
         enforce_eager=True,
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
-        gpu_memory_utilization=0.5,  # must be free at the start: others may use the GPU, too
+        gpu_memory_utilization=0.25,  # must be free at the start: others may use the GPU, too
         max_num_batched_tokens=2048,
         max_num_seqs=16,
         max_logprobs=args.logprobs,

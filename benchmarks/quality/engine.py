@@ -68,7 +68,7 @@ def start(
         max_model_len=length + ANSWER_TOKENS,
         enforce_eager=True,
         kv_cache_memory_bytes=int(kv_gib * 2**30),
-        gpu_memory_utilization=0.5,  # must be free at the start: others may use the GPU, too
+        gpu_memory_utilization=0.25,  # must be free at the start: others may use the GPU, too
         max_num_batched_tokens=chunk,
         max_num_seqs=16,
         max_logprobs=logprobs,

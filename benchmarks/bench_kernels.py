@@ -74,8 +74,7 @@ def bench_decode(storage: str, batch: int) -> dict:
 def bench_prefill(storage: str, chunk: int, stored: int, evict: bool, fast: bool) -> dict:
     """Microseconds per layer of the three steps of a chunk of ``chunk`` tokens, and of stock vLLM's
     dense attention to as many. ``fast``: with FlashAttention 3."""
-    kernels = "flash" if fast else "triton"
-    flash = find_flash(kernels, HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda"))
+    flash = find_flash(HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda")) if fast else None
     arena = Arena(STORAGE[storage], 1, chunk, stored, evict=evict, flash=flash)
     gate_store(f"store {storage} {chunk} after {stored}", arena)
     arena.store(0)

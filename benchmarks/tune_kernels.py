@@ -33,7 +33,7 @@ def make_arena(storage: str, job: dict[str, Any], changes: dict[str, Any]) -> Ar
     tuning = replace(default_tuning(probe.layout), **changes)
     flash = None
     if job["flash"]:
-        flash = find_flash("flash", HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda"))
+        flash = find_flash(HEAD_DIM, torch.bfloat16, SCALE, torch.device("cuda"))
     return Arena(
         STORAGE[storage], job["batch"], job["chunk"], job["stored"],
         evict=job["evict"], tuning=tuning, flash=flash,

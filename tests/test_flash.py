@@ -13,7 +13,6 @@ from kernel_cases import SMALL, Case, check, gpu_cases
 
 from vllm_dms.backend.attention import chunks
 from vllm_dms.backend.flash import find_flash
-from vllm_dms.backend.runtime import get_runtime
 from vllm_dms.reference import ReferenceModel
 
 CASE = Case(tuning=replace(SMALL, programs=8, copy_block=16))
@@ -116,7 +115,7 @@ def test_the_builder_tells_where_chunks_are_and_whether_they_go_on():
 
 def flash_of_vllm(scale, dim=128, dtype=torch.bfloat16):
     try:
-        return find_flash("flash", dim, dtype, scale, torch.device("cuda"))
+        return find_flash(dim, dtype, scale, torch.device("cuda"))
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -131,14 +130,12 @@ def test_flash_of_vllm_on_the_gpu(case, evict):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", ["triton", "auto"])
+@pytest.mark.parametrize("kernels", ["triton", "flash"])
 def test_an_engine_with_flash_is_as_near_the_reference_as_without(checkpoint, make_engine, kernels):
     flash_of_vllm(1.0, dim=64, dtype=torch.float16)
     path = checkpoint("nvidia-adapter", head_dim=64, min_margin=8.0, dtype=torch.float16)
     args = engine_args(512, enforce_eager=False, gpu_memory_utilization=0.2, dtype="float16")
     llm = make_engine(path, **args, additional_config={"dms": {"kernels": kernels}})
-    ops = get_runtime(llm.llm_engine.vllm_config).ops
-    assert (ops._flash is not None) == (kernels == "auto")
     reference, token_ids = ReferenceModel.from_dir(path), prompts((20, 97, 230, 700, 1200))
     for prompt, output in zip(token_ids, generate(llm, token_ids, sampling(30)), strict=True):
         assert worst_error(reference, prompt, output) < 0.1
@@ -150,5 +147,4 @@ def test_an_engine_with_flash_is_as_near_the_reference_as_without(checkpoint, ma
 )
 def test_flash_is_refused_where_vllm_has_none(dim, dtype, device):
     with pytest.raises(ValueError, match=r'"kernels" is "flash".* Remove "kernels"'):
-        find_flash("flash", dim, dtype, 1.0, torch.device(device))
-    assert find_flash("auto", dim, dtype, 1.0, torch.device(device)) is None
+        find_flash(dim, dtype, 1.0, torch.device(device))

@@ -46,21 +46,16 @@ class FlashAttention3:
 
 
 def find_flash(
-    kernels: str, head_dim: int, dtype: torch.dtype, scale: float, device: torch.device
-) -> FlashAttention3 | None:
-    """For the setting ``kernels``: "triton" wants none, "auto" takes it where vLLM itself would,
-    and "flash" raises ValueError where it would not. Asks vLLM's current config, so that
-    `--attention-config.flash_attn_version` holds here as well."""
-    if kernels == "triton":
-        return None
+    head_dim: int, dtype: torch.dtype, scale: float, device: torch.device
+) -> FlashAttention3:
+    """ValueError where vLLM would not use FlashAttention 3 itself. Asks vLLM's current config, so
+    that `--attention-config.flash_attn_version` holds here as well."""
     fits = device.type == "cuda" and dtype.itemsize == 2
     if fits and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM:
         from vllm.v1.attention.backends import fa_utils
 
         if fa_utils.get_flash_attn_version(head_size=head_dim) == 3:
             return FlashAttention3(fa_utils.flash_attn_varlen_func, scale)
-    if kernels == "auto":
-        return None
     raise ValueError(
         '"kernels" is "flash" in "dms" in --additional-config, but vLLM has no FlashAttention 3 '
         f"for {dtype} and a head_dim of {head_dim} here ({device.type}): it takes a Hopper "

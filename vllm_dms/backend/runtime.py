@@ -51,7 +51,7 @@ def choose_ops(config: DMSConfig, device: torch.device) -> str:
     """ "triton" or "torch", from the setting `kernels` and the device; "flash" is "triton", too."""
     if config.kernels == "auto":
         return "triton" if device.type == "cuda" else "torch"
-    return "torch" if config.kernels == "torch" else "triton"
+    return "triton" if config.kernels == "flash" else config.kernels
 
 
 def free_memory(device: torch.device) -> int:
@@ -129,9 +129,9 @@ class Runtime:
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         schedule = allocate_schedule(self.layout, max_num_seqs, heads, tuning, device)
-        head_dim = self.layout.head_dim
-        flash = find_flash(self.config.kernels, head_dim, self._dtype, self.scale, device)
-        if flash is not None:
+        flash = None
+        if self.config.kernels == "flash":
+            flash = find_flash(self.layout.head_dim, self._dtype, self.scale, device)
             self._kernels += " and FlashAttention 3"
         overlap = can_overlap(device)
         return lambda state: TritonOps(state, *common, schedule, tuning, overlap, flash)

@@ -103,12 +103,14 @@ class Harness:
     def step(self, work, layers=None, padding=0):
         """One step through all layers: ``work`` is a list of (request index, sequence, tokens).
 
-        Every layer gets the same inputs; the outputs kept are the last one's.
+        Every layer gets the same inputs; the outputs kept are the last one's. ``padding``: requests
+        and tokens, of no content, that a CUDA graph adds.
         """
         parts = [slice(seq.stored, seq.stored + count) for _, seq, count in work]
 
         def gather(name):
             pieces = [getattr(s, name)[p] for (_, s, _), p in zip(work, parts, strict=True)]
+            pieces.append(pieces[0].new_full((padding, *pieces[0].shape[1:]), float("nan")))
             return self.spread(torch.cat(pieces))
 
         query, key, value, alpha = (gather(n) for n in ("query", "key", "value", "alpha"))

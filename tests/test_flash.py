@@ -18,8 +18,12 @@ from vllm_dms.reference import ReferenceModel
 CASE = Case(tuning=replace(SMALL, programs=8, copy_block=16))
 
 
+TILE = 128  # keys
+
+
 class PlainFlash:
-    """`backend.flash.Flash` in plain PyTorch; ``calls``: lengths and window of each."""
+    """`backend.flash.Flash` in plain PyTorch; ``calls``: lengths and window of each. As in the
+    kernel, a request's last tile has keys beyond its end, with a weight of 0."""
 
     def __init__(self, scale):
         self.scale, self.calls = scale, []
@@ -32,10 +36,11 @@ class PlainFlash:
         self.calls.append((lengths, window))
         group = query.shape[1] // key.shape[1]
         for start, length in zip(starts, lengths, strict=False):
-            rows = slice(start, start + length)
-            q, k, v = (x[rows].float().transpose(0, 1) for x in (query, key, value))
+            rows, tiles = slice(start, start + length), -(-length // TILE) * TILE
+            q = query[rows].float().transpose(0, 1)
+            k, v = (x[start : start + tiles].float().transpose(0, 1) for x in (key, value))
             k, v = (x.repeat_interleave(group, 0) for x in (k, v))
-            age = torch.arange(length).unsqueeze(1) - torch.arange(length)
+            age = torch.arange(length).unsqueeze(1) - torch.arange(k.shape[1])
             seen = (age >= 0) & ((age <= window) | (window < 0))
             scores = (q @ k.mT * self.scale).masked_fill(~seen.to(q.device), float("-inf"))
             output[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(output.dtype)

@@ -178,6 +178,8 @@ class TritonOps(TritonStore):
                 q[0], k[0], v[0], o[0], batch.num_reqs, layer,
             )  # fmt: skip
             return
+        # A graph's padding holds anything: of what lies in a tile a weight of 0 makes NaN of NaN.
+        key, value = key[: batch.num_tokens], value[: batch.num_tokens]
         lse = self._flash(
             query, key, value, self._chunk_starts, batch.max_query_len, self._flash_window, output
         )

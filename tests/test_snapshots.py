@@ -11,6 +11,7 @@ from kernel_cases import DEVICE, Case, assert_as_good_as_plain, equal, make_kern
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import ModelStorage
+from vllm_dms.backend.kernels.launch import Launcher
 from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.snapshots import TorchSnapshots
 from vllm_dms.backend.torch_ops import TorchOps
@@ -187,6 +188,18 @@ def test_a_record_may_take_several_blocks():
     assert case.layout().record_blocks > 1
     for kind in IMPLEMENTATIONS:
         check_forks(case, kind, 50)
+
+
+def test_a_copy_is_three_launches_that_find_their_kernel_at_once(monkeypatch):
+    keeper, launched = Keeper(CASE, "triton"), []
+
+    def noted(self, grid, kind, *arguments):
+        launched.append(self)
+
+    monkeypatch.setattr(Launcher, "__call__", noted)
+    keeper.snapshots.save(1, ids([1, 2]), ids([3, 4]), ids([5]))
+    keeper.snapshots.restore(2, ids([3, 4]), ids([6, 7]), ids([5]))
+    assert len(launched) == 6 and len(set(launched)) == 5
 
 
 def test_the_record_of_an_8b_model_takes_one_block():

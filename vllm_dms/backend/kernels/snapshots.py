@@ -4,10 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dms.backend.kernels.launch import Launcher
 from vllm_dms.backend.snapshots import allocate_moved
 from vllm_dms.backend.state import ArenaState
 
 BLOCK_WORDS = 4096  # int64 that a program copies
+NUM_LISTED = 1024  # blocks whose new places a program notes
 
 
 @triton.jit
@@ -16,15 +18,23 @@ def translate(moved, ids, PER_BLOCK: tl.constexpr, mask):
     return tl.load(moved + ids // PER_BLOCK, mask=mask, other=0) * PER_BLOCK + ids % PER_BLOCK
 
 
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["source", "target"])
+def moved_kernel(source, target, count, moved, BLOCK: tl.constexpr):
+    """Grid (parts of BLOCK blocks): which block took whose place."""
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = j < count
+    tl.store(moved + tl.load(source + j, mask=mask), tl.load(target + j, mask=mask), mask=mask)
+
+
 @triton.jit(do_not_specialize=["s"], do_not_specialize_on_alignment=["source", "target"])
 def copy_blocks_kernel(
+    source,
+    target,
+    s,
     words,
     leaves,
     moved,
     pages_used,
-    source,
-    target,
-    s,
     WORDS: tl.constexpr,
     LEAF_ENTRIES: tl.constexpr,
     LEAVES_PAD: tl.constexpr,
@@ -61,6 +71,9 @@ def record_at(base, record, offs, mask, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["s", "again"], do_not_specialize_on_alignment=["record"])
 def record_kernel(
+    record,
+    s,
+    again,
     words,
     bytes,
     moved,
@@ -69,9 +82,6 @@ def record_kernel(
     live,
     page_table,
     evict_ring,
-    record,
-    s,
-    again,
     ROWS: tl.constexpr,
     R: tl.constexpr,
     R_PAD: tl.constexpr,
@@ -134,33 +144,26 @@ class TritonSnapshots:
 
     def __init__(self, state: ArenaState) -> None:
         self._state, layout = state, state.layout
-        self._moved = allocate_moved(state)
-        flat = state.blocks.view(-1)
-        self._bytes, self._words32, self._words = (
-            flat, flat.view(torch.int32), flat.view(torch.int64)
-        )  # fmt: skip
-        entries = layout.leaves_per_block * layout.leaf_size
-        self._block_sizes = {
-            "WORDS": layout.block_bytes // 8,
-            "LEAF_ENTRIES": entries,
-            "LEAVES_PAD": triton.next_power_of_2(max(entries, 1)),
-            "PAGES_PER_BLOCK": layout.pages_per_block,
-            "BLOCK": BLOCK_WORDS,
-            "num_warps": 8,
-        }
-        self._parts = triton.cdiv(layout.block_bytes // 8, BLOCK_WORDS)
-        self._record_sizes = {
-            "ROWS": layout.num_rows,
-            "R": layout.ring_size,
-            "R_PAD": triton.next_power_of_2(layout.ring_size),
-            "LEAF": layout.leaf_size,
-            "TABLE": layout.table_width,
-            "TABLE_PAD": triton.next_power_of_2(layout.table_width),
-            "PAGES_PER_BLOCK": layout.pages_per_block,
-            "LEAVES_PER_BLOCK": layout.leaves_per_block,
-            "ROW_BYTES": layout.record_row_bytes,
-            "BLOCK_BYTES": layout.block_bytes,
-        }
+        self._bytes = state.blocks.view(-1)
+        moved = allocate_moved(state)
+        words, entries = layout.block_bytes // 8, layout.leaves_per_block * layout.leaf_size
+        ring_pad, table_pad = map(triton.next_power_of_2, (layout.ring_size, layout.table_width))
+        self._parts = triton.cdiv(words, BLOCK_WORDS)
+        self._note_moved = Launcher(moved_kernel, moved, NUM_LISTED)
+        self._copy_blocks, self._copy_record = {}, {}
+        for saves in (False, True):
+            self._copy_blocks[saves] = Launcher(
+                copy_blocks_kernel, self._bytes.view(torch.int64), state.leaves, moved,
+                state.pages_used, words, entries, triton.next_power_of_2(max(entries, 1)),
+                layout.pages_per_block, saves, BLOCK_WORDS, num_warps=8,
+            )  # fmt: skip
+            self._copy_record[saves] = Launcher(
+                record_kernel, self._bytes.view(torch.int32), self._bytes, moved,
+                state.pages_used, state.leaves_used, state.live, state.page_table,
+                state.evict_ring, layout.num_rows, layout.ring_size, ring_pad, layout.leaf_size,
+                layout.table_width, table_pad, layout.pages_per_block, layout.leaves_per_block,
+                layout.record_row_bytes, layout.block_bytes, saves,
+            )  # fmt: skip
 
     def warm_up(self) -> None:
         """Compile the kernels, on the null state: before the first request waits for it."""
@@ -195,14 +198,8 @@ class TritonSnapshots:
         again: int,
         saves: bool,
     ) -> None:
-        state = self._state
-        self._moved.index_put_((source,), target)
-        copy_blocks_kernel[(len(source), self._parts)](
-            self._words, state.leaves, self._moved, state.pages_used, source, target, s,
-            IN_USE=saves, **self._block_sizes,
-        )  # fmt: skip
-        record_kernel[(state.layout.num_rows,)](
-            self._words32, self._bytes, self._moved, state.pages_used, state.leaves_used,
-            state.live, state.page_table, state.evict_ring, record, s, again,
-            SAVE=saves, **self._record_sizes,
-        )  # fmt: skip
+        count = len(source)
+        self._note_moved((triton.cdiv(count, NUM_LISTED), 1), None, source, target, count)
+        self._copy_blocks[saves]((count, self._parts), None, source, target, s)
+        rows = self._state.layout.num_rows
+        self._copy_record[saves]((rows, 1), None, record, s, again)

@@ -88,6 +88,29 @@ def test_a_text_that_many_ask_about_is_copied_whatever_that_costs_others():
 
 
 @pytest.mark.parametrize("lag", [0, 2])
+def test_ends_of_questions_are_not_kept_at_the_expense_of_their_document(lag):
+    talks = Talks(num_blocks=64, lag=lag)  # 2 for a question, 3 for its end, 4 for the document
+    engine, document = talks.engine, [5] * 160
+    for question in ([1] * 9, [2] * 9):
+        talks.ask(document + question)
+    (worker,) = engine.workers
+    run, copied = worker.run, []
+
+    def noted(meta, *args):
+        copied.extend(meta.saves)
+        return run(meta, *args)
+
+    worker.run = noted
+    for i in range(40):
+        engine.add(f"n{i}", 0, 8, 0.05, ids=[*document, *[20 + i] * 9])
+    engine.drain()
+    assert worker.num_restored >= 40
+    moved = sum((copy.blocks[0] != copy.blocks[1]).any() for copy in copied)
+    assert moved <= 20, moved
+    assert talks.ask([*document, *[90] * 9]) == 160
+
+
+@pytest.mark.parametrize("lag", [0, 2])
 def test_a_prompt_that_comes_again_is_found_but_for_its_last_token(lag):
     talks = Talks(num_blocks=200, lag=lag)
     for length in (8, 10, 16, 17, 33, 160, 161, 200):  # of a ring of 16 slots, in pages of 8

@@ -50,7 +50,8 @@ class PrefixCache:
         self._block_size, self._num_record_blocks = spec.block_size, layout.record_blocks
         self.kept = supply.kept = KeptStates(pool, spec.block_size, layout.pages_per_block)
         # What is worth a wait, or a chunk that ends there: less is not compressed either.
-        self.branches = Branches(ledger, self.kept, spec.block_size, layout.ring_size)
+        self._worth = layout.ring_size
+        self.branches = Branches(ledger, self.kept, spec.block_size, self._worth)
         self._hits: dict[str, Hit] = {}  # of waiting requests, found in this step
         self._due: list[Due] = []
         self._ending: dict[str, Request] = {}
@@ -123,6 +124,12 @@ class PrefixCache:
         enough = num_tokens >= self._spec.layout.page_size
         return enough and self._ledger.tenancy.item(state) >= self._valid_from
 
+    def _is_near(self, before: tuple[Kept, ...], num_tokens: int) -> bool:
+        """Whether who would go on from there can do so from what its request went on from, a few
+        tokens before: a question's end isn't worth the end of others, of its document least."""
+        near = before and num_tokens - before[-1].num_tokens < self._worth
+        return bool(near) and self.kept.has(before[-1])
+
     def _supersede(self, kept: Kept, request: Request) -> None:
         """Whoever would go on from what its request went on from, can go on from ``kept``; unless
         others went on from there, too, or it is the same prompt, which may come again."""
@@ -168,14 +175,14 @@ class PrefixCache:
         count = min(ledger.required_one(state, num_tokens), len(held))
         kind = PROMPT if num_tokens == request.num_prompt_tokens else BRANCH
         needed = count + self._num_record_blocks
+        before = self._lineage.get(request_id, ())
         if not self._supply.make_room(needed):
-            superfluous = kind == PROMPT and self._preferred() == END and not awaited
-            if superfluous or needed > self._supply.num_free:
+            superfluous = self._preferred() == END or self._is_near(before, num_tokens)
+            if needed > self._supply.num_free or (kind == PROMPT and not awaited and superfluous):
                 return
         target, record = self._supply.take(count), self._supply.take(self._num_record_blocks)
         self._mailbox.save(state, held[:count], target, record)
         mark = ledger.mark(state) if ledger.reported_end[state] == num_tokens else None
-        before = self._lineage.get(request_id, ())
         kept = Kept(key, num_tokens, target, record, mark, kind, before)
         self.kept.add(kept, state, ledger.tenancy.item(state))
         self._supersede(kept, request)

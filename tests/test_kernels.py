@@ -87,6 +87,21 @@ def test_chunking_changes_neither_the_state_nor_the_output(storage):
         assert_as_good_as_plain(base, sequences[0], expected[0])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+@pytest.mark.parametrize("chunks", [(7, 1, 1), (33,)], ids=str)
+@pytest.mark.parametrize("storage", ["model", "int4"])
+def test_a_request_of_nan_leaves_those_beside_it_as_they_are(storage, chunks):
+    case = Case(dim=64, lengths=(33, 40, 33), storage=storage, dtype=torch.float16, chunks=chunks)
+    _, expected = case.run(kernels=True)
+    harness, sequences = case.harness(kernels=True), case.sequences()
+    for name in ("query", "key", "value"):
+        setattr(sequences[1], name, torch.full_like(getattr(sequences[1], name), float("nan")))
+    feed(harness, sequences, chunks)
+    assert torch.cat(sequences[1].outputs).isnan().all()
+    for index in (0, 2):
+        assert torch.equal(*(torch.cat(s[index].outputs) for s in (sequences, expected)))
+
+
 def test_the_null_state_is_read_but_never_written():
     case = Case(lengths=(40, 40))
     harness = case.harness(kernels=True)

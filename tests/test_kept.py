@@ -111,6 +111,25 @@ def test_ends_of_questions_are_not_kept_at_the_expense_of_their_document(lag):
 
 
 @pytest.mark.parametrize("lag", [0, 2])
+def test_turns_shorter_than_a_window_leave_where_the_next_ones_go_on(lag):
+    """Three at once, in a full pool; their answers come back otherwise."""
+    talks = Talks(num_blocks=60, lag=lag)
+    for name in 4 * "XYZ":
+        talks.turn(name, answer=False)
+    engine, texts = talks.engine, [[i] * 152 for i in range(20, 29)]
+    (worker,) = engine.workers
+    for turn in range(6):
+        for i, text in enumerate(texts):
+            text += [1] * 8
+            engine.add(f"t{turn} {i}", 0, 8, 0.05, ids=list(text))
+            if i % 3 == 2:
+                engine.drain()
+        if turn == 0:
+            before = worker.num_restored
+    assert worker.num_restored == before + 5 * len(texts)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
 def test_a_prompt_that_comes_again_is_found_but_for_its_last_token(lag):
     talks = Talks(num_blocks=200, lag=lag)
     for length in (8, 10, 16, 17, 33, 160, 161, 200):  # of a ring of 16 slots, in pages of 8

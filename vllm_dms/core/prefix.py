@@ -126,9 +126,12 @@ class PrefixCache:
 
     def _is_near(self, before: tuple[Kept, ...], num_tokens: int) -> bool:
         """Whether who would go on from there can do so from what its request went on from, a few
-        tokens before: a question's end isn't worth the end of others, of its document least."""
-        near = before and num_tokens - before[-1].num_tokens < self._worth
-        return bool(near) and self.kept.has(before[-1])
+        tokens before: a question's end isn't worth the end of others, of its document least. A
+        turn's end is: what nobody else went on from gives way to what the turn leaves."""
+        if not before or not self.kept.has(before[-1]):
+            return False
+        shared = before[-1].kind == BRANCH or before[-1].hits > 1
+        return shared and num_tokens - before[-1].num_tokens < self._worth
 
     def _supersede(self, kept: Kept, request: Request) -> None:
         """Whoever would go on from what its request went on from, can go on from ``kept``; unless

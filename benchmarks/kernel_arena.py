@@ -145,7 +145,7 @@ class Arena:
             block_table=torch.tensor(self.first_blocks, **int32).unsqueeze(1),
             query_start=torch.arange(batch + 1, **int32) * self.chunk,
             seq_lens=torch.full((batch,), self.stored + self.chunk, **int32),
-            may_go_on=self.stored > 0,
+            max_stored=self.stored,
         )
         self.scratch = allocate_scratch(self.layout, tokens, device)
 

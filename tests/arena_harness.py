@@ -151,7 +151,8 @@ class Harness:
             query_start=torch.tensor([0, *counts]).cumsum(0).to(**int32),
             seq_lens=torch.tensor(ends, **int32),
             first_chunk=min((i for i, _ in chunks), default=0),
-            may_go_on=any(stored for _, stored in chunks),
+            max_stored=max((stored for _, stored in chunks), default=0),
+            may_decode=1 in counts,
         )
 
 

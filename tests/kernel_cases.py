@@ -23,6 +23,7 @@ from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.nibbles import rotate
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.arguments import can_overlap
+from vllm_dms.backend.kernels.launch import Launcher
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import Tuning, default_tuning
 from vllm_dms.backend.state import Batch
@@ -220,6 +221,18 @@ def assert_null_state_untouched(harness: Harness) -> None:
     for part in state.pages:
         assert not part[null_block].view(torch.uint8).any()
     assert not state.leaves[: harness.layout.leaves_per_block].any()
+
+
+def watch_launches(monkeypatch) -> list[str]:
+    """Names of the kernels launched from now on, without their "_kernel"."""
+    names, launch = [], Launcher.__call__
+
+    def watched(launcher, *args):
+        names.append(launcher._kernel.fn.__name__.removesuffix("_kernel"))
+        launch(launcher, *args)
+
+    monkeypatch.setattr(Launcher, "__call__", watched)
+    return names
 
 
 def null_batch(counts: tuple[int, ...], stored: tuple[int, ...]) -> Batch:

@@ -104,18 +104,21 @@ def test_what_is_stored_is_read_where_a_chunk_goes_on(evict):
     assert watched.step(4, 1, 2) == (([4, 1, 2], window), True)
 
 
-def test_the_builder_tells_where_chunks_are_and_whether_they_go_on():
-    def told(*requests):
+def test_the_builder_tells_where_chunks_are_what_they_go_on_from_and_whether_there_are_others():
+    def told(*requests, known=True):
         """Of (tokens stored, query tokens) each."""
         stored, counts = torch.tensor(requests).T
         starts = torch.cat([counts[:1] * 0, counts.cumsum(0)]).int()
-        known = {"query_start_loc_cpu": starts, "seq_lens_cpu_upper_bound": stored + counts}
-        return chunks(SimpleNamespace(num_reqs=len(counts), max_query_len=max(counts), **known))
+        ends = {"seq_lens_cpu_upper_bound": stored + counts if known else None}
+        told = {"query_start_loc_cpu": starts, "max_query_len": max(counts), **ends}
+        return chunks(SimpleNamespace(num_reqs=len(counts), **told))
 
-    assert told((9, 1), (0, 1)) == (0, False)
-    assert told((9, 1), (0, 1), (0, 2), (0, 30)) == (2, False)
-    assert told((9, 1), (0, 4), (1, 30), (0, 0)) == (1, True)
-    assert told((0, 4), (9, 1)) == (0, False)
+    assert told((9, 1), (0, 1)) == (0, 0, True)
+    assert told((9, 1), (0, 1), (0, 2), (0, 30)) == (2, 0, True)
+    assert told((9, 1), (0, 4), (1, 30), (0, 0)) == (1, 1, True)
+    assert told((0, 4), (9, 1)) == (0, 0, True)
+    assert told((0, 4), (9, 2), (8, 40), (0, 0)) == (0, 9, False)
+    assert told((0, 4), (9, 2), known=False) == (0, 1 << 30, False), "anything"
 
 
 def flash_of_vllm(scale, dim=128, dtype=torch.bfloat16):

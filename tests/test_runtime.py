@@ -46,6 +46,9 @@ def test_a_step_is_begun_once_and_by_its_first_layer():
     impl.attend(ops, 0, *[None] * 4, make_batch([1, 3]), None)
     names = ["begin_step", "store", "prefill", "store_window", "decode"]
     assert [name for name, *_ in ops.calls] == names
+    ops.calls.clear()
+    impl.attend(ops, 0, *[None] * 4, replace(make_batch([2, 3]), may_decode=False), None)
+    assert [name for name, *_ in ops.calls] == names[:-1]
 
 
 def make_runtime(**settings):

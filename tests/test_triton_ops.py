@@ -15,6 +15,7 @@ from kernel_cases import (
     check,
     gpu_cases,
     make_kernels,
+    watch_launches,
 )
 
 from vllm_dms.arena.report import REPORT_WIDTH
@@ -127,6 +128,31 @@ def test_idle_programs_look_at_tiles_that_exist():
     harness.step([(5, seq, 1)])
     begin = harness.ops.schedule.begin
     assert (begin[..., 0] >= begin[..., 3]).all(), "a tile before the row's first"
+
+
+def test_a_layer_launches_only_what_has_work(monkeypatch):
+    """A ring of 8: survivors are copied where a chunk ends beyond it, wherever decodes are."""
+    tuning = replace(CASE.tuning, merge_cuts=99)  # rows are merged by whoever is last
+    case = replace(CASE, window=7, layers=1, lengths=(40, 40, 40), tuning=tuning)
+    harness, seqs = case.harness(kernels=True), case.sequences()
+    names = watch_launches(monkeypatch)
+
+    def launched(*work):
+        names.clear()
+        harness.step([(place, seqs[place], tokens) for place, tokens in work])
+        assert names[0] == "schedule"
+        return names[1:]
+
+    for place in range(3):
+        harness.start(place)
+    chunk, decode = ["store_plan", "prefill", "store_window"], ["decode"]
+    beyond = ["store_plan", "store_copy", "prefill", "store_window"]
+    assert launched((0, 3)) == chunk
+    assert launched((0, 5)) == chunk
+    assert launched((0, 1)) == ["store_token", *decode]
+    assert launched((0, 1), (1, 8)) == chunk + decode
+    assert launched((0, 1), (1, 2)) == beyond + decode
+    assert launched((1, 2), (2, 9)) == beyond
 
 
 def test_only_padding_leaves_no_trace():

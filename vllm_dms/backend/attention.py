@@ -54,7 +54,7 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
         fast_build: bool = False,
     ) -> DMSMetadata:
         common = common_attn_metadata
-        first_chunk, may_go_on = chunks(common)
+        first_chunk, max_stored, may_decode = chunks(common)
         batch = Batch(
             num_reqs=common.num_reqs,
             num_tokens=common.num_actual_tokens,
@@ -63,20 +63,22 @@ class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
             query_start=common.query_start_loc,
             seq_lens=common.seq_lens,
             first_chunk=first_chunk,
-            may_go_on=may_go_on,
+            max_stored=max_stored,
+            may_decode=may_decode,
         )
         return DMSMetadata(batch)
 
 
-def chunks(common: CommonAttentionMetadata) -> tuple[int, bool]:
-    """`first_chunk` and `may_go_on` of `Batch`."""
+def chunks(common: CommonAttentionMetadata) -> tuple[int, int, bool]:
+    """`first_chunk`, `max_stored` and `may_decode` of `Batch`."""
     if common.max_query_len == 1:
-        return 0, False
+        return 0, 0, True
     counts = common.query_start_loc_cpu[: common.num_reqs + 1].diff()
     several = counts > 1
-    ends = common.seq_lens_cpu_upper_bound
-    may_go_on = ends is None or bool((several & (ends[: common.num_reqs] > counts)).any())
-    return int(several.int().argmax()), may_go_on
+    max_stored, ends = Batch.max_stored, common.seq_lens_cpu_upper_bound
+    if ends is not None:
+        max_stored = int(((ends[: common.num_reqs] - counts) * several).max())
+    return int(several.int().argmax()), max_stored, bool((counts == 1).any())
 
 
 class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):

@@ -69,12 +69,8 @@ class Batch:
     seq_lens: torch.Tensor  # int32 [num_reqs]: tokens stored before this step + query tokens
     # What the host knows of requests with several query tokens, if it does:
     first_chunk: int = 0  # none before it
-    may_go_on: bool = True  # whether one may have tokens stored before
-
-    @property
-    def may_decode(self) -> bool:
-        """Whether there can be a request with one query token."""
-        return self.max_query_len == 1 or self.num_tokens < self.num_reqs * self.max_query_len
+    max_stored: int = 1 << 30  # bounds the tokens that one has stored before this step
+    may_decode: bool = True  # whether there may be others
 
 
 def allocate_scratch(layout: ArenaLayout, max_tokens: int, device: torch.device | str) -> Scratch:

@@ -143,10 +143,10 @@ class TritonOps(TritonStore):
                 f"scratch's {self.max_num_seqs} and {self.max_tokens}"
             )
         self._batch = batch
+        self._pushes_out = batch.max_stored + batch.max_query_len > self.state.layout.ring_size
         if self._flash is not None and batch.max_query_len > 1:
             self._chunk_starts = batch.query_start[batch.first_chunk : batch.num_reqs + 1]
-            leaves = self._config.evict and batch.max_query_len > self.state.layout.ring_size
-            self._reads_stored = batch.may_go_on or leaves
+            self._reads_stored = batch.max_stored > 0 or (self._config.evict and self._pushes_out)
         programs, rows = self.schedule.PROGRAMS, batch.num_reqs * self.heads
         self._decode_merges = programs <= self.tuning.merge_cuts * rows
         # Twice the parts of a row of average length: rows of few requests are cut into many.

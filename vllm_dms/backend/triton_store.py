@@ -52,6 +52,7 @@ class TritonStore:
         self.max_tokens = scratch.evict.shape[0]
         self.max_num_seqs = schedule.N // self.heads
         self._batch: Batch | None = None
+        self._pushes_out = True  # whether a chunk may push a token out of the window
         sizes = make_geometry(layout, self.max_num_seqs, tuning)
         self._geo = Geometry(*map(constexpr, sizes))
         self._bound = (make_state_args(state, sizes), make_requests(sizes, self.device))
@@ -145,8 +146,9 @@ class TritonStore:
             self._store_token((batch.num_reqs, 1), (k, v), *arguments)
             return
         self._store_plan((batch.num_reqs, self.heads), (k, v), *arguments)
-        grid = self._flat_grid(batch, self.tuning.copy_block)
-        self._store_copy(grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
+        if self._pushes_out:
+            grid = self._flat_grid(batch, self.tuning.copy_block)
+            self._store_copy(grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
 
     def store_window(
         self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor

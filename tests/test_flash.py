@@ -94,6 +94,21 @@ def test_a_prompt_that_no_token_leaves_the_window_of_is_only_flash_s(prompt, lea
     assert Watched(lengths=(20,), evict=False).step(prompt) == (([prompt], -1), False)
 
 
+def test_a_layer_asks_no_more_of_its_tensors_than_its_launches_need(monkeypatch):
+    """Grids are the step's; flash finds out for itself what it is given."""
+    watched, asked = Watched(lengths=(20,)), []
+    ops = watched.harness.ops
+    kind, grid = ops._kind, ops._flat_grid
+    monkeypatch.setattr(ops, "_kind", lambda *args: asked.append(args[0]) or kind(*args))
+    monkeypatch.setattr(ops, "_flat_grid", lambda *args: asked.append("grid") or grid(*args))
+    store = store_window = ["key", "value"]
+    watched.step(7)
+    assert asked == ["grid", *store, *store_window]
+    asked.clear()
+    watched.step(1)
+    assert asked == ["grid", *store, "query", "output"]
+
+
 @pytest.mark.parametrize("evict", [True, False])
 def test_what_is_stored_is_read_where_a_chunk_goes_on(evict):
     window = 7 if evict else -1

@@ -142,8 +142,7 @@ class TritonOps(TritonStore):
                 f"a batch of {batch.num_reqs} requests and {batch.num_tokens} tokens exceeds the "
                 f"scratch's {self.max_num_seqs} and {self.max_tokens}"
             )
-        self._batch = batch
-        self._pushes_out = batch.max_stored + batch.max_query_len > self.state.layout.ring_size
+        self._begin_stores(batch)
         if self._flash is not None and batch.max_query_len > 1:
             self._chunk_starts = batch.query_start[batch.first_chunk : batch.num_reqs + 1]
             self._reads_stored = batch.max_stored > 0 or (self._config.evict and self._pushes_out)
@@ -167,24 +166,24 @@ class TritonOps(TritonStore):
         output: torch.Tensor,
     ) -> None:
         self._check_step(batch)
-        num_heads = self.heads * self.group
-        q, o = self._kind("query", query, num_heads), self._kind("output", output, num_heads)
-        k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
-        itemsize = query.element_size()
         if self._flash is None:
-            rows, launch = self._prefill[itemsize]
+            q, o = self._attended_kinds(query, output)
+            k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
+            rows, launch = self._prefill[query.element_size()]
             launch(
                 self._flat_grid(batch, rows // self.group), (q, k, v, o), query, key, value, output,
                 q[0], k[0], v[0], o[0], batch.num_reqs, layer,
             )  # fmt: skip
             return
         # A graph's padding holds anything: of what lies in a tile a weight of 0 makes NaN of NaN.
-        key, value = key[: batch.num_tokens], value[: batch.num_tokens]
+        if key.shape[0] > batch.num_tokens:
+            key, value = key[: batch.num_tokens], value[: batch.num_tokens]
         lse = self._flash(
             query, key, value, self._chunk_starts, batch.max_query_len, self._flash_window, output
         )
         if self._reads_stored:
-            rows, launch = self._prefill_stored[itemsize]
+            q, o = self._attended_kinds(query, output)
+            rows, launch = self._prefill_stored[query.element_size()]
             launch(
                 self._flat_grid(batch, rows // self.group), (q, o), query, output, lse,
                 q[0], o[0], lse.stride(0), batch.num_reqs, layer,
@@ -192,13 +191,18 @@ class TritonOps(TritonStore):
 
     def decode(self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
         self._check_step(batch)
-        num_heads = self.heads * self.group
-        q, o = self._kind("query", query, num_heads), self._kind("output", output, num_heads)
+        q, o = self._attended_kinds(query, output)
         programs = self.schedule.PROGRAMS
         merges = self._decode_merges
         self._decode[merges]((programs, 1), (q, o), query, output, q[0], o[0], layer)
         if not merges:
             self._merge_of_batch((programs, self.group), o, output, o[0], layer)
+
+    def _attended_kinds(
+        self, query: torch.Tensor, output: torch.Tensor
+    ) -> tuple[tuple[int, bool], tuple[int, bool]]:
+        num_heads = self.heads * self.group
+        return self._kind("query", query, num_heads), self._kind("output", output, num_heads)
 
     def report(self, out: torch.Tensor) -> None:
         if out.shape != (self.state.num_states, REPORT_WIDTH) or not out.is_contiguous():

@@ -52,7 +52,6 @@ class TritonStore:
         self.max_tokens = scratch.evict.shape[0]
         self.max_num_seqs = schedule.N // self.heads
         self._batch: Batch | None = None
-        self._pushes_out = True  # whether a chunk may push a token out of the window
         sizes = make_geometry(layout, self.max_num_seqs, tuning)
         self._geo = Geometry(*map(constexpr, sizes))
         self._bound = (make_state_args(state, sizes), make_requests(sizes, self.device))
@@ -99,6 +98,13 @@ class TritonStore:
         )  # fmt: skip
         return token, Launcher(project_kernel, geo, eps, *how, overlap, **options)
 
+    def _begin_stores(self, batch: Batch) -> None:
+        """What is the same in all layers of a step."""
+        self._batch = batch
+        self._copy_grid = self._flat_grid(batch, self.tuning.copy_block)
+        # Whether a chunk may push a token out of its window.
+        self._pushes_out = batch.max_stored + batch.max_query_len > self.state.layout.ring_size
+
     def store_projection(
         self,
         batch: Batch,
@@ -117,11 +123,11 @@ class TritonStore:
         out = views(qkv, rotated, self.heads, self.group, self.head_dim)
         cache = projection.rotary.cos_sin_cache
         strides = (0, 0) if alpha is None else alpha.stride()
+        kind = source, target, _, _ = kind_of(qkv), kind_of(rotated), kind_of(cache), alpha is None
         arguments = (
-            qkv, qkv.stride(0), positions, alpha, *strides, projection.q_norm, projection.k_norm,
-            cache, rotated, rotated.stride(0),
+            qkv, source[0], positions, alpha, *strides, projection.q_norm, projection.k_norm,
+            cache, rotated, target[0],
         )  # fmt: skip
-        kind = (kind_of(qkv), kind_of(rotated), kind_of(cache), alpha is None)
         if batch.max_query_len == 1:
             self._project[0]((batch.num_reqs, self._parts), kind, *arguments, layer)
         else:
@@ -147,28 +153,27 @@ class TritonStore:
             return
         self._store_plan((batch.num_reqs, self.heads), (k, v), *arguments)
         if self._pushes_out:
-            grid = self._flat_grid(batch, self.tuning.copy_block)
-            self._store_copy(grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
+            self._store_copy(self._copy_grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
 
     def store_window(
         self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         self._check_step(batch)
         k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
-        grid = self._flat_grid(batch, self.tuning.copy_block)
-        self._store_window(grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
+        self._store_window(self._copy_grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
 
     def _check_step(self, batch: Batch) -> None:
         assert batch is self._batch, "begin_step of this batch comes first"
 
     def _kind(self, name: str, x: torch.Tensor, heads: int) -> tuple[int, bool]:
         """`kind_of` x [T, heads, D], whose heads lie side by side."""
-        stride, dim = x.stride(), self.head_dim
+        stride, of_head, of_channel = x.stride()
+        _, found, dim = x.shape
         # Quick, as it is asked hundreds of times a step. A tensor of a CPU Triton refuses itself.
-        if stride[1] != dim or stride[2] != 1 or x.size(1) != heads or x.size(2) != dim:
-            check(f"shape of {name}", tuple(x.shape[1:]), (heads, dim))
-            check(f"strides of {name}'s heads", stride[1:], (dim, 1))
-        return stride[0], x.data_ptr() % 16 == 0
+        if found != heads or of_head != dim or of_channel != 1 or dim != self.head_dim:
+            check(f"shape of {name}", (found, dim), (heads, self.head_dim))
+            check(f"strides of {name}'s heads", (of_head, of_channel), (dim, 1))
+        return stride, x.data_ptr() % 16 == 0
 
     def _flat_grid(self, batch: Batch, block: int) -> tuple[int, int]:
         """Blocks of tokens as `find_request` counts them, times heads."""

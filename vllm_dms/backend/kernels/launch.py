@@ -26,7 +26,7 @@ def addresses(constant: Any) -> Any:
 def kind_of(x: torch.Tensor) -> tuple[int, bool]:
     """What of ``x``, if its stride is passed beside it, a kernel is compiled for: Triton assumes no
     more than this. Dtypes are a worker's own, and always the same."""
-    return x.stride(0), x.data_ptr() % 16 == 0
+    return x.stride()[0], x.data_ptr() % 16 == 0
 
 
 class Launcher:

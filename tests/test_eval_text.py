@@ -60,6 +60,7 @@ def test_the_mean_of_log_ratios_is_the_divergence():
     found = texts.divergence([np.log(q[d]) for d in drawn], [np.log(p[d]) for d in drawn])
     exact = (q * np.log(q / p)).sum()
     assert abs(found["kl"] - exact) < 4 * found["kl_standard_error"] < 0.2 * exact
+    assert texts.divergence([np.zeros(1)], [np.zeros(1)])["kl_standard_error"] is None
     assert found["tokens"] == 32_000
 
 

@@ -118,8 +118,8 @@ def perplexity(own: list[np.ndarray]) -> float:
 
 def divergence(mine: list[np.ndarray], true: list[np.ndarray]) -> dict:
     """Log-probabilities of what an arm wrote, by itself and by the truth -> KL(arm || truth) a
-    token, with the standard error over texts."""
+    token, with the standard error over texts, None of a single one."""
     means = np.array([(q - p).mean() for q, p in zip(mine, true, strict=True)])
-    error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    error = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
     tokens = sum(len(q) for q in mine)
-    return {"kl": float(means.mean()), "kl_standard_error": float(error), "tokens": tokens}
+    return {"kl": float(means.mean()), "kl_standard_error": error, "tokens": tokens}

@@ -47,7 +47,7 @@ class Mailbox:
 
     def restore(self, state: int, *blocks: list[KVCacheBlock], again: int) -> None:
         """For a request that starts in the coming step."""
-        self._restores.append(make_copy(state, *blocks)._replace(again=again))
+        self._restores.append(make_copy(state, *blocks, again=again))
 
     def fail_running(self, first: KVCacheBlock) -> None:
         """Have the worker name this block as failed: vLLM ends the running request that owns it."""
@@ -83,6 +83,6 @@ class Mailbox:
         return step
 
 
-def make_copy(state: int, *blocks: list[KVCacheBlock]) -> Copy:
+def make_copy(state: int, *blocks: list[KVCacheBlock], again: int = -1) -> Copy:
     source, target, record = (np.array([b.block_id for b in part], np.int32) for part in blocks)
-    return Copy(state, (source, target, record))
+    return Copy(state, (source, target, record), again)

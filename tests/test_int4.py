@@ -37,5 +37,5 @@ def test_int4_pages_are_small_and_stay_close(checkpoint, make_engine):
     assert 0 < mean_kl(exact, int4) < 0.1
     args = engine_args(48, kv_cache_dtype="dms_int4", dtype="bfloat16", max_logprobs=-1)
     layout = get_runtime(make_engine(path, **args).llm_engine.vllm_config).layout
-    # 32 bytes of nibbles; for each of four groups two bytes beside K and one beside V.
-    assert layout.page_bytes == layout.page_size * (32 + 8 + 32 + 4)
+    # 32 bytes of nibbles, and two for each of four groups.
+    assert layout.page_bytes == layout.page_size * 2 * (32 + 8)

@@ -69,54 +69,48 @@ def per_token_head(x: torch.Tensor) -> torch.Tensor:
     return rotated(((x / step + zero).round().clamp(0, 15) - zero) * step)
 
 
-def nearest_of(x: torch.Tensor, *candidates: torch.Tensor) -> torch.Tensor:
-    """Of each group [..., N] the candidate with the least squared error."""
-    errors = torch.stack([(y - x).square().sum(-1, keepdim=True) for y in candidates])
-    best = errors.argmin(0, keepdim=True).expand(1, *x.shape)
-    return torch.stack(candidates).gather(0, best)[0]
-
-
 def groups(x: torch.Tensor) -> torch.Tensor:
     return x.float().unflatten(-1, (Int4Storage.NUM_GROUPS, -1))
 
 
-def int4_value(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """`Int4Storage`'s V, groups [..., N], with ``factor`` times its scale."""
-    wide = torch.maximum(-x.amin(-1, keepdim=True) / 8, x.amax(-1, keepdim=True) / 7)
-    scale = round_scale(wide * factor, mantissa_bits=3)
-    return (x / scale).round().clamp(-8, 7) * scale
-
-
 def centered(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """`Int4Storage`'s K once rotated, groups [..., N], with ``factor`` times its scale."""
+    """`Int4Storage` of groups [..., N], with ``factor`` times its scale."""
     most = Int4Storage.MAX_CENTER
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     middle = (low + high) / 2
     wide = torch.maximum((high - low) / 15, middle.abs() * 4 / most)
-    scale = round_scale(wide * factor, mantissa_bits=4)
+    scale = round_scale(wide * factor, Int4Storage.MANTISSA_BITS, Int4Storage.MAX_KEY_SCALE)
     center = (middle / scale * 4).round().clamp(-most, most) / 4
     return ((x / scale - center + 7.5).round().clamp(0, 15) - 7.5 + center) * scale
 
 
+def searched(x: torch.Tensor) -> torch.Tensor:
+    """Groups [..., N], each with the scale of least squared error."""
+    candidates = torch.stack([centered(x, factor) for factor in FACTORS])
+    errors = (candidates - x).square().sum(-1, keepdim=True)
+    best = errors.argmin(0, keepdim=True).expand(1, *x.shape)
+    return candidates.gather(0, best)[0]
+
+
 def searched_key(k: torch.Tensor) -> torch.Tensor:
-    x = rotated(groups(k))
-    return rotated(nearest_of(x, *(centered(x, factor) for factor in FACTORS))).flatten(-2)
+    return rotated(searched(rotated(groups(k)))).flatten(-2)
 
 
 def searched_value(v: torch.Tensor) -> torch.Tensor:
+    return searched(groups(v)).flatten(-2)
+
+
+def plain_value(v: torch.Tensor) -> torch.Tensor:
+    """No center, and a scale of 8 bits: a byte less for each group."""
     x = groups(v)
-    return nearest_of(x, *(int4_value(x, factor) for factor in FACTORS)).flatten(-2)
+    wide = torch.maximum(-x.amin(-1, keepdim=True) / 8, x.amax(-1, keepdim=True) / 7)
+    scale = round_scale(wide, 3, Int4Storage.MAX_KEY_SCALE)
+    return ((x / scale).round().clamp(-8, 7) * scale).flatten(-2)
 
 
-def signed_value(v: torch.Tensor) -> torch.Tensor:
-    """The eighth level on whichever side is longer: a bit more for each group."""
-    x = groups(v)
-    return nearest_of(x, int4_value(x), -int4_value(-x)).flatten(-2)
-
-
-def centered_value(v: torch.Tensor) -> torch.Tensor:
-    """A center as K has it: a byte more for each group."""
-    return centered(groups(v)).flatten(-2)
+def rotated_value(v: torch.Tensor) -> torch.Tensor:
+    """Rotated as K is."""
+    return rotated(centered(rotated(groups(v)))).flatten(-2)
 
 
 _int4_key, _int4_value = of_storage(Int4Storage())
@@ -129,7 +123,7 @@ ARMS: dict[str, tuple[Rounding, Rounding]] = {
     "int4_key_only": (_int4_key, torch.Tensor.float),
     "int4_value_only": (torch.Tensor.float, _int4_value),
     "int4_search": (searched_key, searched_value),
-    "int4_signed": (_int4_key, signed_value),
-    "int4_centered": (_int4_key, centered_value),
+    "int4_plain": (_int4_key, plain_value),
+    "int4_rotated": (_int4_key, rotated_value),
 }
 AS_VLLM = "_as_vllm"  # the first and the last two layers as they are

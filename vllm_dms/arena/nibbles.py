@@ -16,23 +16,20 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def round_scale(scale: torch.Tensor, mantissa_bits: int) -> torch.Tensor:
-    """To a positive float16 of so few bits, the smallest one instead of 0; NaN for what is none."""
+def round_scale(scale: torch.Tensor, mantissa_bits: int, most: float) -> torch.Tensor:
+    """To a positive float16 of so few bits, the smallest one instead of 0; NaN for what is none, or
+    beyond ``most``."""
     mantissa, exponent = torch.frexp(scale)
     unit = 2.0 ** (mantissa_bits + 1)
     normal = torch.ldexp((mantissa * unit).round() / unit, exponent)
     step = 2.0 ** (-14 - mantissa_bits)  # of float16's subnormal numbers
     small = (scale / step).round().clamp(min=1.0) * step
     scale = torch.where(scale < 2.0**-14, small, normal)
-    return torch.where(scale <= torch.finfo(torch.float16).max, scale, float("nan"))
+    return torch.where(scale <= most, scale, float("nan"))
 
 
 def float16_bits(x: torch.Tensor) -> torch.Tensor:
     return x.half().view(torch.int16).to(torch.int32)
-
-
-def nan_of_all_ones(scale: torch.Tensor, all_ones: torch.Tensor) -> torch.Tensor:
-    return scale.float().masked_fill(all_ones, float("nan"))
 
 
 def round_to_nibble(x: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ import torch
 
 from vllm_dms.arena.nibbles import (
     float16_bits,
-    nan_of_all_ones,
     pack,
     rotate,
     round_scale,
@@ -155,27 +154,29 @@ class FP8Storage(Storage):
 
 @dataclass(frozen=True)
 class Int4Storage(Storage):
-    """4 bits a channel, in four groups of D / 4 channels with a scale each.
+    """4 bits a channel, in four groups of D / 4 channels, each with a scale and a center: n stands
+    for (n - 7.5 + center) * scale.
 
-    K is rotated within its groups, which spreads channels that are always large, and has a center
-    for each group: n stands for (n - 7.5 + center) * scale. In V n stands for (n - 8) * scale. A
-    group with NaN or infinity is NaN as a whole.
+    K is rotated within its groups, which spreads channels that are always large. A group with NaN
+    or infinity, or whose scale would be too large, is NaN as a whole.
 
-    Word w of a vector, 16 bits, is channel w of each group, the first group's lowest. K's scales
-    are 16 bits a group: a positive float16 without its last 6 bits, then ``CENTER_BITS`` that count
-    quarter steps from -64. V's are 8 bits: a positive float16 without its last 7 bits.
+    Word w of a vector, 16 bits, is channel w of each group, the first group's lowest. A scale is 16
+    bits: a positive float16 whose last ``CENTER_BITS`` count the center's quarter steps, from -32.
     """
 
     dtype: torch.dtype = torch.uint8
     name = "int4"
-    num_k_scales = 4
-    num_v_scales = 2
+    num_k_scales = num_v_scales = 4
     min_capability = 80
     num_products = 4
 
     NUM_GROUPS: ClassVar[int] = 4
-    CENTER_BITS: ClassVar[int] = 7
-    MAX_CENTER: ClassVar[int] = 63  # in quarters of a step
+    MANTISSA_BITS: ClassVar[int] = 4  # of a scale
+    SCALE_MASK: ClassVar[int] = 0x7FC0  # all of it: NaN
+    CENTER_BITS: ClassVar[int] = 6
+    MAX_CENTER: ClassVar[int] = 31  # in quarters of a step
+    MAX_KEY_SCALE: ClassVar[float] = 65504.0
+    MAX_VALUE_SCALE: ClassVar[float] = 512.0  # so that float16 holds whatever V can be
 
     @classmethod
     def for_model(cls, dtype: torch.dtype) -> "Storage":
@@ -187,42 +188,42 @@ class Int4Storage(Storage):
         return head_dim // 2
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.float().unflatten(-1, (self.NUM_GROUPS, -1))
-        low, high = -x.amin(-1, keepdim=True) * (1 / 8), x.amax(-1, keepdim=True) * (1 / 7)
-        scale = round_scale(torch.maximum(low, high), mantissa_bits=3)
-        finite = ~scale.isnan()
-        n = round_to_nibble(x * (1.0 / scale) + 8.0, finite)
-        code = torch.where(finite, float16_bits(scale) >> 7, 0xFF).squeeze(-1)
-        return pack(n), code.to(torch.uint8).view(SCALE_DTYPE)
+        return self._encode(self._groups(x), self.MAX_VALUE_SCALE)
 
     def decode(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        code = scales.contiguous().view(torch.uint8).to(torch.int16)
-        scale = nan_of_all_ones((code << 7).view(torch.float16), code == 0xFF)
-        return ((unpack(values) - 8.0) * scale.unsqueeze(-1)).flatten(-2)
+        return self._decode(values, scales).flatten(-2)
 
     def encode_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = rotate(x.float().unflatten(-1, (self.NUM_GROUPS, -1)))
+        return self._encode(rotate(self._groups(x)), self.MAX_KEY_SCALE)
+
+    def decode_key(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        x = self._decode(values, scales)
+        return (rotate(x) / x.shape[-1]).flatten(-2)
+
+    def _groups(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().unflatten(-1, (self.NUM_GROUPS, -1))
+
+    def _encode(self, x: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Groups [..., 4, D / 4], with scales of at most ``most``."""
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         middle = (low + high) * 0.5
         wide = torch.maximum((high - low) * (1 / 15), middle.abs() * (4 / self.MAX_CENTER))
-        scale = round_scale(wide, mantissa_bits=4)
+        scale = round_scale(wide, self.MANTISSA_BITS, most)
         finite = ~scale.isnan()
         reciprocal = 1.0 / scale
         center = torch.where(finite, (middle * reciprocal * 4.0).round(), 0.0)
         center = center.clamp(-self.MAX_CENTER, self.MAX_CENTER)
         n = round_to_nibble(x * reciprocal - center * 0.25 + 7.5, finite)
-        bits = torch.where(finite, float16_bits(scale) >> 6, 0x1FF) << self.CENTER_BITS
+        bits = torch.where(finite, float16_bits(scale), self.SCALE_MASK)
         word = bits | (center.int() + (1 << (self.CENTER_BITS - 1)))
         return pack(n), word.squeeze(-1).to(torch.int16).view(SCALE_DTYPE)
 
-    def decode_key(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        word = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-        bits = word >> self.CENTER_BITS
-        scale = nan_of_all_ones((bits << 6).to(torch.int16).view(torch.float16), bits == 0x1FF)
+    def _decode(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        word = scales.contiguous().view(torch.int16)
+        scale = (word & self.SCALE_MASK).view(torch.float16).float()
         half = 1 << (self.CENTER_BITS - 1)
         center = ((word & (2 * half - 1)) - half) * 0.25
-        x = (unpack(values) - 7.5 + center.unsqueeze(-1)) * scale.unsqueeze(-1)
-        return (rotate(x) / x.shape[-1]).flatten(-2)
+        return (unpack(values) - 7.5 + center.unsqueeze(-1)) * scale.unsqueeze(-1)
 
 
 STORAGES: dict[str, type[Storage]] = {

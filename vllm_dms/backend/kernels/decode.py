@@ -39,7 +39,7 @@ def attend_row(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, geo.D_PAD)[None, :]
     top = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # added up at the end: warps would wait
     acc = tl.zeros([geo.D_PAD, BLOCK_M], tl.float32)
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
@@ -50,17 +50,17 @@ def attend_row(
         page = tile_pages(state, row, leaf, tile + 1, geo, BLOCK_N)
         leaf = tile_leaf(state, row, tile + 2, geo, BLOCK_N)
         k = tl.load(ptr, mask=mask_d, other=0.0)
-        scores = tl.dot(k, q, input_precision="ieee") * score_scale
+        scores = tl.dot(k, q, input_precision="ieee")
         scores = tl.where(mask[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        weights = tl.exp2(scores - new_top[None, :])
+        new_top = tl.maximum(top, tl.max(scores, 0) * score_scale)
+        weights = tl.exp2(scores * score_scale - new_top[None, :])
         decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 0)
+        total = total * decay[None, :] + weights
         # Loaded as a transpose: transposed later, it would not be prefetched.
         v = tl.load(tl.trans(ptr + geo.P * geo.WIDTH), mask=tl.trans(mask_d), other=0.0)
         acc = tl.dot(v, weights.to(q.dtype), acc * decay[None, :], input_precision="ieee")
         top = new_top
-    return tl.trans(acc), top, total
+    return tl.trans(acc), top, tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["layer"])

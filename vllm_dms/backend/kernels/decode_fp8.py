@@ -65,7 +65,7 @@ def attend_row_fp8(
     pages = state.pages.to(tl.pointer_type(tl.int16), bitcast=True)
     scales = state.scales.to(tl.pointer_type(tl.int32), bitcast=True)
     top = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     even = tl.zeros([geo.D_PAD // 2, BLOCK_M], tl.float32)
     odd = tl.zeros([geo.D_PAD // 2, BLOCK_M], tl.float32)
     unit = 1.0e-30  # even and odd count in units of this v_scale
@@ -80,21 +80,21 @@ def attend_row_fp8(
         leaf = tile_leaf(state, row, tile + 2, geo, BLOCK_N)
         k_even, k_odd = widen_pairs(tl.load(ptr, mask=mask_d, other=0))
         k_scale, v_scale = split_scales(both)
-        scores = tl.dot(k_odd, q_odd, tl.dot(k_even, q_even))
-        scores = scores * q_scale[None, :] * k_scale[:, None]
+        scores = tl.dot(k_odd, q_odd, tl.dot(k_even, q_even)) * k_scale[:, None]
         scores = tl.where(mask[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        weights = tl.exp2(scores - new_top[None, :])
+        new_top = tl.maximum(top, tl.max(scores, 0) * q_scale)
+        weights = tl.exp2(scores * q_scale[None, :] - new_top[None, :])
         decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 0)
+        total = total * decay[None, :] + weights
         top = new_top
         new_unit = tl.maximum(unit, tl.max(v_scale, 0))
-        weights = (weights * (v_scale / new_unit)[:, None]).to(tl.float16)
-        decay *= unit / new_unit
+        per_unit = 1.0 / new_unit
+        weights = (weights * (v_scale * per_unit)[:, None]).to(tl.float16)
+        decay *= unit * per_unit
         unit = new_unit
         # Loaded as a transpose: transposed later, it would not be prefetched.
         v_ptr = tl.trans(ptr + geo.P * geo.WIDTH // 2)
         v_even, v_odd = widen_pairs(tl.load(v_ptr, mask=tl.trans(mask_d), other=0))
         even = tl.dot(v_even, weights, even * decay[None, :])
         odd = tl.dot(v_odd, weights, odd * decay[None, :])
-    return tl.interleave(tl.trans(even), tl.trans(odd)) * unit, top, total
+    return tl.interleave(tl.trans(even), tl.trans(odd)) * unit, top, tl.sum(total, 0)

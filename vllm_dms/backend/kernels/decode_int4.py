@@ -1,8 +1,9 @@
 """The inner loop of decode attention over 4-bit pages.
 
 A word has one channel of each of the four groups, so that a tile of words is four tiles of
-channels, each with a product and a scale of its own: nothing is moved between threads. A nibble
-becomes a float16 by placing it in the mantissa of 1024, where it counts 1 or, unshifted, 16.
+channels: nothing is moved between threads. A nibble becomes a float16 by placing it in the mantissa
+of 1024, where it counts 1 or, unshifted, 16. Scales and centers of K go to the scores, which they
+cost less than K itself; V is multiplied out, and its four products share the weights.
 """
 
 import triton
@@ -11,11 +12,11 @@ import triton.language as tl
 from vllm_dms.backend.kernels.common import INTERPRETED, NO_SCORE
 from vllm_dms.backend.kernels.page_table import tile_leaf, tile_pages
 from vllm_dms.backend.kernels.pages_int4 import (
+    group_center,
+    group_scale,
     hadamard,
     int4_scales,
     int4_words,
-    key_scale,
-    value_scale,
 )
 
 # The largest weight is 2 to this power, or the smallest ones would be lost in float16.
@@ -53,29 +54,63 @@ def widen_keys(words):
 
 
 @triton.jit
-def widen_values(words):
-    """The same, less 8 and 16 times 8: what V's nibbles stand for."""
+def value_factors(word):
+    """int16 scales of V -> float16 s, and s * (center - 71.5): V is the one times 64 + n, and the
+    other."""
     if INTERPRETED:
-        a, b, c, d = widen_keys(words)
-        return a - 1032.0, b - 1152.0, c - 1032.0, d - 1152.0
+        word = word.to(tl.int32)
+        scale = group_scale(word, tl.float16)
+        return scale, (group_center(word) - 71.5).to(tl.float16) * scale
     else:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 high, n, one, sixteen;
-            mov.b32 one, 0x64086408;
-            mov.b32 sixteen, 0x64806480;
-            shr.u32 high, $4, 8;
-            lop3.b32 n, $4, 0x000f000f, 0x64006400, 0xea;
-            sub.f16x2 $0, n, one;
-            lop3.b32 n, $4, 0x00f000f0, 0x64006400, 0xea;
-            sub.f16x2 $1, n, sixteen;
-            lop3.b32 n, high, 0x000f000f, 0x64006400, 0xea;
-            sub.f16x2 $2, n, one;
-            lop3.b32 n, high, 0x00f000f0, 0x64006400, 0xea;
-            sub.f16x2 $3, n, sixteen;
+            .reg .b32 scale, center, quarter, start;
+            mov.b32 quarter, 0x34003400;
+            mov.b32 start, 0xdd3edd3e;
+            and.b32 scale, $2, 0x7fc07fc0;
+            lop3.b32 center, $2, 0x003f003f, 0x64006400, 0xea;
+            fma.rn.f16x2 center, center, quarter, start;
+            mul.f16x2 $1, center, scale;
+            mov.b32 $0, scale;
             }""",
-            "=&r,=&r,=&r,=&r,r",
-            [words],
+            "=&r,=&r,r",
+            [word],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def widen_values(words, sa, sb, sc, sd, pa, pb, pc, pd):
+    """int16 [W, N] with nibbles a, b, c, d, and `value_factors` [1, N] of each -> float16 V. In the
+    upper half of a byte a nibble counts 1 in the mantissa of 64."""
+    if INTERPRETED:
+        n = words.to(tl.int32)
+        a, b = (n & 15).to(tl.float32) + 64.0, ((n >> 4) & 15).to(tl.float32) + 64.0
+        c, d = ((n >> 8) & 15).to(tl.float32) + 64.0, ((n >> 12) & 15).to(tl.float32) + 64.0
+        return (
+            (a * sa + pa).to(tl.float16), (b * sb + pb).to(tl.float16),
+            (c * sc + pc).to(tl.float16), (d * sd + pd).to(tl.float16),
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 n;
+            shl.b32 n, $4, 4;
+            lop3.b32 n, n, 0x00f000f0, 0x54005400, 0xea;
+            fma.rn.f16x2 $0, n, $5, $9;
+            lop3.b32 n, $4, 0x00f000f0, 0x54005400, 0xea;
+            fma.rn.f16x2 $1, n, $6, $10;
+            shr.u32 n, $4, 4;
+            lop3.b32 n, n, 0x00f000f0, 0x54005400, 0xea;
+            fma.rn.f16x2 $2, n, $7, $11;
+            shr.u32 n, $4, 8;
+            lop3.b32 n, n, 0x00f000f0, 0x54005400, 0xea;
+            fma.rn.f16x2 $3, n, $8, $12;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [words, sa, sb, sc, sd, pa, pb, pc, pd],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=2,
@@ -100,37 +135,42 @@ def join_groups(a, b, c, d):
 
 
 @triton.jit
-def key_shift(word, COUNTS: tl.constexpr):
-    """What K's nibbles count from, if a step counts COUNTS and they are on top of 1024."""
-    biased = ((word & 0x7F) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return biased * (0.25 * COUNTS) - (((1024 + 64) * 0.25 + 7.5) * COUNTS + 1024.0)
+def key_factors(words):
+    """Two groups' scales of K in an int32 -> float32 scales, and centers less 7.5."""
+    if INTERPRETED:
+        a, b = group_center(words) - 7.5, group_center(words >> 16) - 7.5
+        return group_scale(words, tl.float32), group_scale(words >> 16, tl.float32), a, b
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 scale, center, quarter, start;
+            .reg .f16 low, high;
+            mov.b32 quarter, 0x34003400;
+            mov.b32 start, 0xdc3edc3e;
+            and.b32 scale, $4, 0x7fc07fc0;
+            lop3.b32 center, $4, 0x003f003f, 0x64006400, 0xea;
+            fma.rn.f16x2 center, center, quarter, start;
+            mov.b32 {low, high}, scale;
+            cvt.f32.f16 $0, low;
+            cvt.f32.f16 $1, high;
+            mov.b32 {low, high}, center;
+            cvt.f32.f16 $2, low;
+            cvt.f32.f16 $3, high;
+            }""",
+            "=&f,=&f,=&f,=&f,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
-def score_group(scores, k, q, sums, word, COUNTS: tl.constexpr):
-    """Add the scores of a group: k [N, W] in which a step counts COUNTS, q [W, M] whose columns add
-    up to ``sums``, word [N] with the scale and center of K."""
-    scale = key_scale(word, tl.float32)
-    scores += tl.dot(k, q) * scale[:, None]
-    return scores + (scale * key_shift(word, COUNTS))[:, None] * sums[None, :]
-
-
-@triton.jit
-def largest_scale(scales):
-    """The largest of V's four, NaN left out."""
-    a, b = value_scale(scales, tl.float32), value_scale(scales >> 8, tl.float32)
-    c, d = value_scale(scales >> 16, tl.float32), value_scale(scales >> 24, tl.float32)
-    if INTERPRETED:  # whose maximum of a number and NaN is NaN
-        a, b = tl.where(a == a, a, 0.0), tl.where(b == b, b, 0.0)
-        c, d = tl.where(c == c, c, 0.0), tl.where(d == d, d, 0.0)
-    return tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-
-
-@triton.jit
-def add_group(acc, v, weights, byte, decay, per_unit):
-    """acc [W, M] decayed, and v [W, N] with ``weights`` [N, M] times the scale in ``byte``."""
-    weights = weights * (value_scale(byte, tl.float32) * per_unit)[:, None]
-    return tl.dot(v, weights.to(tl.float16), acc * decay[None, :])
+def score_group(scores, k, q, scale, center, sums, bias):
+    """Add the scores of a group: k [N, W] above 1024, q [W, M]; `key_factors` [N]; ``sums`` [M] of
+    what a step counts in q's columns, ``bias`` [N, M] what 1024 makes of them."""
+    part = tl.dot(k, q, bias) + center[:, None] * sums[None, :]
+    return scores + part * scale[:, None]
 
 
 @triton.jit
@@ -138,8 +178,7 @@ def attend_row_int4(
     q, score_scale, state, row, live, page, leaf, first, end, geo,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`attend_row` over 4-bit pages. Scales of K go to the scores and those of V to the weights,
-    relative to the largest of V so far."""
+    """`attend_row` over 4-bit pages."""
     W: tl.constexpr = geo.D // 4
     q = q.to(tl.float32)
     largest = tl.max(tl.abs(q), 1)
@@ -153,13 +192,16 @@ def attend_row_int4(
     qa, qb, qc, qd = tl.trans(qa), tl.trans(qb), tl.trans(qc), tl.trans(qd)
     sum_a, sum_b = tl.sum(qa.to(tl.float32), 0), tl.sum(qb.to(tl.float32), 0)
     sum_c, sum_d = tl.sum(qc.to(tl.float32), 0), tl.sum(qd.to(tl.float32), 0)
+    none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    bias_a, bias_b = none - 1024.0 * sum_a[None, :], none - 1024.0 * sum_b[None, :]
+    bias_c, bias_d = none - 1024.0 * sum_c[None, :], none - 1024.0 * sum_d[None, :]
+    sum_b, sum_d = sum_b * 16.0, sum_d * 16.0
     offs_n = tl.arange(0, BLOCK_N)
     offs_w = tl.arange(0, W)[None, :]
     top = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     a = tl.zeros([W, BLOCK_M], tl.float32)
     b, c, d = a, a, a
-    unit = 1.0e-30  # a, b, c and d count in units of this scale
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
         mask = slot < live
@@ -168,32 +210,36 @@ def attend_row_int4(
         scales = int4_scales(state, page, slot, geo).to(tl.pointer_type(tl.int32), bitcast=True)
         ab = tl.load(scales, mask=mask, other=0)
         cd = tl.load(scales + 1, mask=mask, other=0)
-        v_scales = tl.load(scales + 2, mask=mask, other=0)
+        v_ab = tl.load(scales + 2, mask=mask, other=0)
+        v_cd = tl.load(scales + 3, mask=mask, other=0)
         # One tile ahead: the compiler then prefetches K and V without waiting for a page.
         page = tile_pages(state, row, leaf, tile + 1, geo, BLOCK_N)
         leaf = tile_leaf(state, row, tile + 2, geo, BLOCK_N)
         ka, kb, kc, kd = widen_keys(tl.load(ptr, mask=mask_w, other=0))
-        scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        scores = score_group(scores, ka, qa, sum_a, ab, 1)
-        scores = score_group(scores, kb, qb, sum_b, ab >> 16, 16)
-        scores = score_group(scores, kc, qc, sum_c, cd, 1)
-        scores = score_group(scores, kd, qd, sum_d, cd >> 16, 16) * q_scale[None, :]
+        scale_a, scale_b, center_a, center_b = key_factors(ab)
+        scale_c, scale_d, center_c, center_d = key_factors(cd)
+        scores = score_group(none, ka, qa, scale_a, center_a, sum_a, bias_a)
+        scores = score_group(scores, kb, qb, scale_b, center_b, sum_b, bias_b)
+        scores = score_group(scores, kc, qc, scale_c, center_c, sum_c, bias_c)
+        scores = score_group(scores, kd, qd, scale_d, center_d, sum_d, bias_d)
         scores = tl.where(mask[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0) - WEIGHT_BITS)
-        weights = tl.exp2(scores - new_top[None, :])
+        new_top = tl.maximum(top, tl.max(scores, 0) * q_scale - WEIGHT_BITS)
+        weights = tl.exp2(scores * q_scale[None, :] - new_top[None, :])
         decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 0)
+        total = total * decay[None, :] + weights
         top = new_top
-        new_unit = tl.maximum(unit, tl.max(largest_scale(v_scales), 0))
-        per_unit = 1.0 / new_unit
-        decay *= unit * per_unit
-        unit = new_unit
+        weights = weights.to(tl.float16)
         # Loaded as a transpose: transposed later, it would not be prefetched.
         v_ptr = tl.trans(ptr + geo.P * geo.WIDTH // 2)
-        va, vb, vc, vd = widen_values(tl.load(v_ptr, mask=tl.trans(mask_w), other=0))
-        a = add_group(a, va, weights, v_scales, decay, per_unit)
-        b = add_group(b, vb, weights, v_scales >> 8, decay, per_unit)
-        c = add_group(c, vc, weights, v_scales >> 16, decay, per_unit)
-        d = add_group(d, vd, weights, v_scales >> 24, decay, per_unit)
-    acc = join_groups(tl.trans(a), tl.trans(b) * (1 / 16), tl.trans(c), tl.trans(d) * (1 / 16))
-    return acc * unit, top, total
+        words = tl.load(v_ptr, mask=tl.trans(mask_w), other=0)
+        sa, pa = value_factors(v_ab.to(tl.int16)[None, :])
+        sb, pb = value_factors((v_ab >> 16).to(tl.int16)[None, :])
+        sc, pc = value_factors(v_cd.to(tl.int16)[None, :])
+        sd, pd = value_factors((v_cd >> 16).to(tl.int16)[None, :])
+        va, vb, vc, vd = widen_values(words, sa, sb, sc, sd, pa, pb, pc, pd)
+        a = tl.dot(va, weights, a * decay[None, :])
+        b = tl.dot(vb, weights, b * decay[None, :])
+        c = tl.dot(vc, weights, c * decay[None, :])
+        d = tl.dot(vd, weights, d * decay[None, :])
+    acc = join_groups(tl.trans(a), tl.trans(b), tl.trans(c), tl.trans(d))
+    return acc, top, tl.sum(total, 0)

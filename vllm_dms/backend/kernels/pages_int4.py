@@ -5,16 +5,18 @@ the bits mean; groups of W = D / 4 channels are a dimension of their own here, [
 import triton
 import triton.language as tl
 
+from vllm_dms.arena.storage import Int4Storage
 from vllm_dms.backend.kernels.common import round_mantissa
 
-MAX_FLOAT16 = tl.constexpr(65504.0)
-MAX_CENTER = tl.constexpr(63.0)  # in quarters of a step
+MAX_KEY_SCALE = tl.constexpr(Int4Storage.MAX_KEY_SCALE)
+MAX_VALUE_SCALE = tl.constexpr(Int4Storage.MAX_VALUE_SCALE)
+MAX_CENTER = tl.constexpr(float(Int4Storage.MAX_CENTER))  # in quarters of a step
 WHOLE = tl.constexpr(12582912.0)  # added to a float32 and taken off, it leaves a whole number
 
 
 @triton.jit
 def int4_scales(state, page, slot, geo):
-    """Where the scales of slots are: 4 words of K, and 4 bytes of V, which are two more words."""
+    """Where the scales of slots are: 4 words of K, then 4 of V."""
     scales = state.scales.to(tl.pointer_type(tl.int16), bitcast=True)
     return scales + page.to(tl.int64) * geo.PAGE_SCALES + slot % geo.P * geo.SCALES
 
@@ -44,13 +46,13 @@ def butterfly(x, N: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def round_scale(wide, finite, BITS: tl.constexpr):
+def round_scale(wide, finite, MOST: tl.constexpr):
     """`nibbles.round_scale` [N, 4], and which of them are numbers; what is none counts as 1."""
-    unit: tl.constexpr = 2.0 ** (9 - BITS)  # the float32 whose step is that of the smallest scales
-    smallest: tl.constexpr = 2.0 ** (-14 - BITS)
+    unit: tl.constexpr = 32.0  # the float32 whose step is that of the smallest scales
+    smallest: tl.constexpr = 2.0**-18
     small = tl.maximum(wide + unit - unit, smallest)
-    scale = tl.where(wide < 2.0**-14, small, round_mantissa(wide, 23 - BITS))
-    finite = finite & (scale <= MAX_FLOAT16)
+    scale = tl.where(wide < 2.0**-14, small, round_mantissa(wide, 19))
+    finite = finite & (scale <= MOST)
     return tl.where(finite, scale, 1.0), finite
 
 
@@ -66,11 +68,6 @@ def reciprocal(scale):
 
 
 @triton.jit
-def float16_bits(scale):
-    return scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-
-
-@triton.jit
 def pack_words(n, finite):
     """Words [N, W] of whole numbers [N, 4, W], of which those beyond 0 and 15 count as these."""
     n = tl.minimum(tl.maximum(n, 0.0), 15.0)
@@ -79,27 +76,18 @@ def pack_words(n, finite):
 
 
 @triton.jit
-def quantize_key(x):
-    """x [N, 4, W], rotated -> words [N, W], scales int16 [N, 4]."""
+def quantize_groups(x, MOST: tl.constexpr):
+    """x [N, 4, W] -> words [N, W], scales int16 [N, 4] of at most MOST."""
     low, high = tl.min(x, 2), tl.max(x, 2)
     middle = (low + high) * 0.5
     wide = tl.maximum((high - low) * (1 / 15), tl.abs(middle) * (4 / MAX_CENTER))
-    scale, finite = round_scale(wide, is_finite(x), 4)
+    scale, finite = round_scale(wide, is_finite(x), MOST)
     r = reciprocal(scale)
     center = tl.where(finite, middle * r * 4.0 + WHOLE - WHOLE, 0.0)
     center = tl.minimum(tl.maximum(center, -MAX_CENTER), MAX_CENTER)
     n = x * r[:, :, None] - (center * 0.25)[:, :, None] + 7.5 + WHOLE - WHOLE
-    bits = tl.where(finite, float16_bits(scale) >> 6, 0x1FF) << 7
-    return pack_words(n, finite), (bits | (center.to(tl.int32) + 64)).to(tl.int16)
-
-
-@triton.jit
-def quantize_value(x):
-    """x [N, 4, W] -> words [N, W], scales uint8 [N, 4]."""
-    wide = tl.maximum(-tl.min(x, 2) * (1 / 8), tl.max(x, 2) * (1 / 7))
-    scale, finite = round_scale(wide, is_finite(x), 3)
-    n = x * reciprocal(scale)[:, :, None] + 8.0 + WHOLE - WHOLE
-    return pack_words(n, finite), tl.where(finite, float16_bits(scale) >> 7, 0xFF).to(tl.uint8)
+    bits = tl.where(finite, scale.to(tl.float16).to(tl.int16, bitcast=True), 0x7FC0)
+    return pack_words(n, finite), bits | (center.to(tl.int16) + 32)
 
 
 @triton.jit
@@ -109,34 +97,27 @@ def write_int4_slots(state, geo, page, slot, k, v, mask):
     W: tl.constexpr = geo.D // 4
     tl.static_assert(geo.D == geo.D_PAD)
     k = rotate(k.to(tl.float32), N, geo.D, W)
-    k, k_scales = quantize_key(tl.reshape(k, [N, 4, W]))
-    v, v_scales = quantize_value(tl.reshape(v.to(tl.float32), [N, 4, W]))
+    k, k_scales = quantize_groups(tl.reshape(k, [N, 4, W]), MAX_KEY_SCALE)
+    v, v_scales = quantize_groups(tl.reshape(v.to(tl.float32), [N, 4, W]), MAX_VALUE_SCALE)
     ptr = int4_words(state, page, slot, geo)[:, None] + tl.arange(0, W)[None, :]
     tl.store(ptr, k, mask=mask[:, None])
     tl.store(ptr + geo.P * geo.WIDTH // 2, v, mask=mask[:, None])
     groups = tl.arange(0, 4)[None, :]
-    scales = int4_scales(state, page, slot, geo)
-    tl.store(scales[:, None] + groups, k_scales, mask=mask[:, None])
-    v_ptr = (scales + 4).to(tl.pointer_type(tl.uint8), bitcast=True)
-    tl.store(v_ptr[:, None] + groups, v_scales, mask=mask[:, None])
+    scales = int4_scales(state, page, slot, geo)[:, None] + groups
+    tl.store(scales, k_scales, mask=mask[:, None])
+    tl.store(scales + 4, v_scales, mask=mask[:, None])
 
 
 @triton.jit
-def key_scale(word, dtype: tl.constexpr):
-    """The scale of K in a word of 16 bits, whatever is above these."""
-    return ((word >> 1) & 0x7FC0).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
+def group_scale(word, dtype: tl.constexpr):
+    """The scale in a word of 16 bits, whatever is above these."""
+    return (word & 0x7FC0).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
 
 
 @triton.jit
-def key_center(word):
-    """The center of K in a word of 16 bits, in steps."""
-    return ((word & 0x7F) - 64).to(tl.float32) * 0.25
-
-
-@triton.jit
-def value_scale(byte, dtype: tl.constexpr):
-    """The scale of V in a byte, whatever is above it."""
-    return ((byte << 7) & 0x7F80).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
+def group_center(word):
+    """The center in a word of 16 bits, in steps."""
+    return ((word & 0x3F) - 32).to(tl.float32) * 0.25
 
 
 @triton.jit
@@ -159,15 +140,14 @@ def load_int4_slots(state, page, slot, mask, dtype: tl.constexpr, geo):
     ptr = int4_words(state, page, slot, geo)[:, None] + tl.arange(0, W)[None, :]
     k = tl.load(ptr, mask=mask[:, None], other=0).to(tl.int32)
     v = tl.load(ptr + geo.P * geo.WIDTH // 2, mask=mask[:, None], other=0).to(tl.int32)
-    scales = int4_scales(state, page, slot, geo)
-    word = tl.load(scales[:, None] + groups, mask=mask[:, None], other=0).to(tl.int32)
-    v_ptr = (scales + 4).to(tl.pointer_type(tl.uint8), bitcast=True)
-    byte = tl.load(v_ptr[:, None] + groups, mask=mask[:, None], other=0).to(tl.int32)
+    scales = int4_scales(state, page, slot, geo)[:, None] + groups
+    k_word = tl.load(scales, mask=mask[:, None], other=0).to(tl.int32)
+    v_word = tl.load(scales + 4, mask=mask[:, None], other=0).to(tl.int32)
 
     n = ((k[:, None, :] >> nibbles) & 15).to(tl.float32)
-    k = (n - 7.5 + key_center(word)[:, :, None]).to(dtype)  # exact in any dtype
+    k = (n - 7.5 + group_center(k_word)[:, :, None]).to(dtype)  # exact in any dtype
     k = tl.dot(tl.reshape(k, [4 * N, W]), hadamard(W, dtype), input_precision="ieee")
-    k = tl.reshape(k, [N, 4, W]) * (key_scale(word, tl.float32) * (1 / W))[:, :, None]
+    k = tl.reshape(k, [N, 4, W]) * (group_scale(k_word, tl.float32) * (1 / W))[:, :, None]
     n = ((v[:, None, :] >> nibbles) & 15).to(tl.float32)
-    v = (n - 8.0) * value_scale(byte, tl.float32)[:, :, None]
+    v = (n - 7.5 + group_center(v_word)[:, :, None]) * group_scale(v_word, tl.float32)[:, :, None]
     return tl.reshape(k, [N, geo.D]).to(dtype), tl.reshape(v, [N, geo.D]).to(dtype)

@@ -1,7 +1,10 @@
 """SmolLM2's way from packages to a checkpoint: weights are read as stored, text is split once."""
 
 import json
+import os
 import struct
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,3 +80,18 @@ def test_each_document_is_in_one_file_whole(tmp_path):
     asked, answer = (m["content"] for m in chats[0])
     whole = asked.removeprefix("Continue this text.\n\n") + "\n\n" + answer
     assert whole == train[0][1].strip()
+
+
+@pytest.mark.parametrize("script", ["weights.sh", "build.sh"])
+def test_an_interpreter_without_torch_is_refused_by_name(tmp_path, script):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho torch\n")  # whatever is asked: what it lacks
+    python.chmod(0o755)
+    path = Path(convert.__file__).with_name(script)
+    command, env = (
+        ["bash", str(path), str(tmp_path / "work")],
+        {**os.environ, "PYTHON": str(python)},
+    )
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{python} lacks: torch. Set PYTHON" in done.stderr

@@ -6,10 +6,10 @@
 # byte of the adapter, on one kind of GPU.
 set -euo pipefail
 work=$1 preset=${2:-ratio5}
-python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/python.sh"
 source "$here/presets.sh"
-export PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 missed=0
 mkdir -p "$work"
 

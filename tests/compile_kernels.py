@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,6 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.layout import ArenaLayout
+from vllm_dms.arena.messages import Copy
 from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
@@ -114,9 +116,10 @@ def run_all(storage, head_dim, group, *others):
     ops.report(torch.zeros(ops.state.num_states, REPORT_WIDTH, dtype=torch.int32))
     weight = torch.zeros(2, head_dim, dtype=model_dtype)
     launch_alpha(weight.clone(), weight[0], weight, None, 1e-6)
-    snapshots, one = TritonSnapshots(ops.state), torch.ones(1, dtype=torch.int32)
-    snapshots.restore(1, one, one, one)
-    snapshots.save(1, one, one, one)
+    snapshots, one = TritonSnapshots(ops.state), np.ones(1, np.int32)
+    copies = [Copy(1, (one, one, one))]
+    snapshots.restore(copies)
+    snapshots.save(copies)
 
 
 def run_beside_flash(storage, *numbers):

@@ -11,11 +11,13 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from compile_kernels import NoGPU, make_ops, make_projection, no_flash
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_dms.arena.messages import Copy
 from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.projection import rotated_width
@@ -45,12 +47,13 @@ def run_projection(ops, batch, dtype, projection):
 
 
 def run_snapshots(snapshots):
-    """Of other states than the warm-up's, in blocks from addresses that are not aligned."""
-    ids = torch.arange(8, dtype=torch.int32)
-    for s, first, again in ((1, 1, -1), (2, 3, 0), (3, 0, 1), (16, 2, 16), (17, 1, 1000)):
-        blocks = ids[first : first + 2]
-        snapshots.save(s, blocks, blocks, ids[first:])
-        snapshots.restore(s, blocks, ids[first + 1 : first + 3], ids[first:], again)
+    """Of one state and of many, of other ones than the warm-up's."""
+    ids = np.arange(8, dtype=np.int32)
+    for s, number, again in ((1, 1, -1), (2, 3, 0), (3, 2, 1), (16, 16, 16), (17, 17, 1000)):
+        restores = [Copy(s + i, (ids[:2], ids[2:4], ids[5:6]), again) for i in range(number)]
+        snapshots.save([Copy(s, (ids[:size], ids[:size], ids[-1:])) for size in (1, 3, 7)])
+        snapshots.restore(restores)  # one by one, into the same blocks
+        snapshots.restore([Copy(s + i, (ids[:2], ids[:2], ids[5:6])) for i in range(number)])
 
 
 def run(ops, batch, dtype, offset=0):

@@ -14,12 +14,12 @@ KERNELS = {
     "schedule_kernel", "store_token_kernel", "store_plan_kernel", "store_copy_kernel",
     "prefill_kernel", "prefill_stored_kernel", "store_window_kernel", "decode_kernel",
     "merge_kernel", "report_kernel", "alpha_kernel", "project_token_kernel", "project_kernel",
-    "moved_kernel", "copy_blocks_kernel", "record_kernel",
+    "places_kernel", "copy_blocks_kernel", "record_kernel",
 }  # fmt: skip
 # These begin when the kernel before them has ended.
 IN_TURN = {
     "schedule_kernel", "report_kernel", "alpha_kernel",
-    "moved_kernel", "copy_blocks_kernel", "record_kernel",
+    "places_kernel", "copy_blocks_kernel", "record_kernel",
 }  # fmt: skip
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of a program, by compute capability
 

@@ -6,12 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from arena_harness import Harness, assert_taken_from_own_blocks, gather_row
+from arena_harness import Harness, assert_taken_from_own_blocks, copy_of, gather_row
 from kernel_cases import DEVICE, Case, assert_as_good_as_plain, equal, make_kernels
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import ModelStorage
-from vllm_dms.backend.kernels.launch import Launcher
 from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.snapshots import TorchSnapshots
 from vllm_dms.backend.torch_ops import TorchOps
@@ -48,19 +47,23 @@ class Keeper:
         record = [self.spare.pop() for _ in range(self.layout.record_blocks)]
         target = source if in_place else [self.spare.pop() for _ in source]
         untouched = self.state.blocks[ids(target[used:]).long()].clone()
-        self.snapshots.save(index + 1, ids(source), ids(target), ids(record))
+        self.snapshots.save([copy_of(index + 1, source, target, record)])
         assert torch.equal(self.state.blocks[ids(target[used:]).long()], untouched)
         return target[:used], record
 
-    def restore(self, index, kept, move=False, again=-1):
+    def start(self, index, kept, move=False, again=-1):
+        """What `restore` is to copy."""
         blocks, record = kept
         if move:
             others = [b for b in self.harness.rows[index].tolist() if b not in blocks]
             row = [*blocks, *others][: len(self.harness.rows[index])]
             self.harness.rows[index] = ids(row)
         self.harness.start(index)
-        target = self.harness.rows[index][: len(blocks)]
-        self.snapshots.restore(index + 1, ids(blocks), target.contiguous(), ids(record), again)
+        target = self.harness.rows[index][: len(blocks)].tolist()
+        return copy_of(index + 1, blocks, target, record, again)
+
+    def restore(self, *args, **kwargs):
+        self.snapshots.restore([self.start(*args, **kwargs)])
 
 
 def fork(sequence, at, other):
@@ -183,23 +186,31 @@ def test_page_tables_follow_the_blocks(kind, case, in_place):
     check_forks(replace(CASE, **case), kind, 50, in_place=in_place)
 
 
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+def test_several_requests_go_on_at_once_from_rows_that_have_leaves(kind):
+    case = Case(lengths=(300, 300, 300), evict=False)
+    keeper, (first, *_) = Keeper(case, kind), case.sequences()
+    keeper.harness.start(0)
+    keeper.feed(0, first, [290])
+    kept = keeper.save(0, bound=2)
+    assert keeper.state.leaves_used[1] and case.layout().leaf_size == 32
+    keeper.snapshots.restore([keeper.start(1, kept), keeper.start(2, kept, again=289)])
+    second, third = (fork(first, at, case.sequences()[0]) for at in (290, 289))
+    keeper.harness.step([(2, third, 1)])
+    for _ in range(2):
+        keeper.harness.step([(0, first, 1), (1, second, 1), (2, third, 1)])
+    for layer, head in itertools.product(range(case.layers), range(case.heads)):
+        one, *others = (gather_row(keeper.state, s, layer, head) for s in (1, 2, 3))
+        for other in others:
+            assert all(equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_taken_from_own_blocks(keeper.harness, 3)
+
+
 def test_a_record_may_take_several_blocks():
     case = Case(lengths=(70, 70, 70), window=4000, dim=16)
     assert case.layout().record_blocks > 1
     for kind in IMPLEMENTATIONS:
         check_forks(case, kind, 50)
-
-
-def test_a_copy_is_three_launches_that_find_their_kernel_at_once(monkeypatch):
-    keeper, launched = Keeper(CASE, "triton"), []
-
-    def noted(self, grid, kind, *arguments):
-        launched.append(self)
-
-    monkeypatch.setattr(Launcher, "__call__", noted)
-    keeper.snapshots.save(1, ids([1, 2]), ids([3, 4]), ids([5]))
-    keeper.snapshots.restore(2, ids([3, 4]), ids([6, 7]), ids([5]))
-    assert len(launched) == 6 and len(set(launched)) == 5
 
 
 def test_the_record_of_an_8b_model_takes_one_block():

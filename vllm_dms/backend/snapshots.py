@@ -15,14 +15,13 @@ compute, and so that nothing is different after it: the slot in the ring holds t
 and what was there before has left. A verdict "evicted" keeps it from leaving once more. While the
 ring was not full, each token made its row longer: there the row gets shorter by the last one.
 
-Copies are enqueued one after the other, in the order in which they were decided: a block may be
-read for one copy and written by the next.
+Copies take effect one after the other, in the order in which they were decided: a block may be
+read for one copy and written by the next. Kernels make at once what can be (`backend.copies`).
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from vllm_dms.arena.layout import ArenaLayout
@@ -31,65 +30,68 @@ from vllm_dms.backend.state import ArenaState
 
 
 class Snapshots(Protocol):
-    """Blocks are int32 tensors on the arena's device; ``source[j]`` may be ``target[j]``."""
+    """Of a copy, ``source[j]`` may be ``target[j]``: then the block stays as it is. No other block
+    of its source is one of its target."""
 
-    def save(
-        self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
-    ) -> None:
-        """Keep the state of index ``s``. Of its blocks ``source``, those in use go to
-        ``target``."""
+    def save(self, copies: Sequence[Copy]) -> None:
+        """Keep states. Of a state's blocks, the source, those in use go to the target."""
 
-    def restore(
-        self,
-        s: int,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        record: torch.Tensor,
-        again: int = -1,
-    ) -> None:
-        """Make what `save` kept in ``source`` and ``record`` the state of index ``s``, whose first
-        blocks are ``target``. ``again``: position of the last token, if the coming step stores it
-        once more."""
+    def restore(self, copies: Sequence[Copy]) -> None:
+        """Make what `save` kept in source and record the state of an index, whose first blocks are
+        the target. Where `Copy.again` is a position, the coming step stores that token once
+        more."""
 
 
 class TorchSnapshots:
-    """In plain PyTorch, for a CPU, and the truth for the kernels."""
+    """In plain PyTorch, for a CPU, and the truth for the kernels: copy after copy."""
 
     def __init__(self, state: ArenaState) -> None:
         self._state, self._layout = state, state.layout
-        self._moved = allocate_moved(state)
+        # The block that took a block's place in the copy at hand.
+        self._moved = torch.zeros(state.num_blocks, dtype=torch.int32, device=state.blocks.device)
 
-    def save(
+    def save(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self._save(copy.state, *self._on_device(copy))
+
+    def restore(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self._restore(copy.state, *self._on_device(copy), copy.again)
+
+    def _on_device(self, copy: Copy) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        device = self._state.blocks.device
+        source, target, record = (torch.from_numpy(ids).to(device).long() for ids in copy.blocks)
+        return source, target, record
+
+    def _save(
         self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
     ) -> None:
         state, layout = self._state, self._layout
         used = -(-int(state.pages_used[s]) // layout.pages_per_block)
+        self._note(source, target)
         self._copy_blocks(source[:used], target[:used])
-        rows = state.blocks.new_zeros(layout.num_rows, layout.record_row_bytes)
-        live, table, ring = split_rows(rows, layout)
+        flat = state.blocks[record].flatten()
+        counters, live, table, ring = split_record(flat, layout)
+        counters.copy_(torch.stack((state.pages_used[s], state.leaves_used[s])))
         live.copy_(state.live[s].flatten())
         table.copy_(self._translate_table(state.page_table[s].flatten(0, 1)))
         ring.copy_(state.evict_ring[s].flatten(0, 1))
-        counters = torch.stack((state.pages_used[s], state.leaves_used[s]))
-        data = torch.cat((counters.view(torch.uint8), rows.flatten()))
-        flat = data.new_zeros(len(record) * layout.block_bytes)
-        flat[: len(data)] = data
-        state.blocks[record.long()] = flat.view(len(record), -1)
+        state.blocks[record] = flat.view(len(record), -1)
 
-    def restore(
+    def _restore(
         self,
         s: int,
         source: torch.Tensor,
         target: torch.Tensor,
         record: torch.Tensor,
-        again: int = -1,
+        again: int,
     ) -> None:
         state, layout = self._state, self._layout
-        flat = state.blocks[record.long()].flatten()
-        rows = flat[8:][: layout.num_rows * layout.record_row_bytes].view(layout.num_rows, -1)
+        kept = state.blocks[record].flatten()
+        counters, live, table, ring = split_record(kept, layout)
+        self._note(source, target)
         self._copy_blocks(source, target)
-        live, table, ring = split_rows(rows, layout)
-        state.pages_used[s], state.leaves_used[s] = flat[:8].view(torch.int32)
+        state.pages_used[s], state.leaves_used[s] = counters
         state.live[s].view(-1).copy_(live)
         state.page_table[s].flatten(0, 1).copy_(self._translate_table(table))
         state.evict_ring[s].flatten(0, 1).copy_(ring)
@@ -98,11 +100,14 @@ class TorchSnapshots:
             if again < layout.ring_size:
                 state.live[s] = again
 
+    def _note(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self._moved.copy_(target[0])
+        self._moved[source] = target.int()
+
     def _copy_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
         state, layout = self._state, self._layout
-        self._moved[source.long()] = target
         moves = source != target
-        source, target = source[moves].long(), target[moves].long()
+        source, target = source[moves], target[moves]
         state.blocks[target] = state.blocks[source]
         if layout.leaves_per_block:
             leaves = state.leaves.view(state.num_blocks, -1)
@@ -118,35 +123,16 @@ class TorchSnapshots:
 
     def _translate(self, ids: torch.Tensor, per_block: int) -> torch.Tensor:
         """Pages or leaves, of which each block brings ``per_block``, in the blocks that took the
-        place of theirs. What is listed beyond a row's end becomes some that exist."""
+        place of theirs. What is listed beyond a row's end becomes one of the first block."""
         return self._moved[(ids // per_block).long()] * per_block + ids % per_block
 
 
-def allocate_moved(state: ArenaState) -> torch.Tensor:
-    """int32 [num_blocks]: the block that took a block's place in the copy at hand; of others, some
-    block."""
-    return torch.zeros(state.num_blocks, dtype=torch.int32, device=state.blocks.device)
-
-
-def split_rows(
-    rows: torch.Tensor, layout: ArenaLayout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of a record's rows: live [num_rows], page table [num_rows, table_width], verdicts
-    [num_rows, ring_size]."""
+def split_record(
+    record: torch.Tensor, layout: ArenaLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of a record's bytes, one after the other: counters [2], and of rows live [num_rows],
+    page table [num_rows, table_width], verdicts [num_rows, ring_size]."""
+    rows = record[8:][: layout.num_rows * layout.record_row_bytes].view(layout.num_rows, -1)
     end = 4 + 4 * layout.table_width
-    ring = rows[:, end : end + layout.ring_size]
-    return rows[:, :4].view(torch.int32)[:, 0], rows[:, 4:end].view(torch.int32), ring
-
-
-def on_device(
-    copies: Sequence[Copy], device: torch.device
-) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What `save` and `restore` take, for each copy; one transfer, which nobody waits for."""
-    if not copies:
-        return []
-    sizes = [len(blocks) for copy in copies for blocks in copy.blocks]
-    packed = torch.from_numpy(np.concatenate([b for copy in copies for b in copy.blocks]))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    parts = iter(packed.split(sizes))
-    return [(copy.state, next(parts), next(parts), next(parts)) for copy in copies]
+    live, table = rows[:, :4].view(torch.int32)[:, 0], rows[:, 4:end].view(torch.int32)
+    return record[:8].view(torch.int32), live, table, rows[:, end : end + layout.ring_size]

@@ -9,7 +9,7 @@ import torch
 from vllm_dms.arena.messages import DMSReport, DMSStepMeta
 from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.ops import Ops
-from vllm_dms.backend.snapshots import Snapshots, on_device
+from vllm_dms.backend.snapshots import Snapshots
 from vllm_dms.backend.state import ArenaState
 
 # More than the steps that can be in flight, so that a buffer's copy is long done when it is reused.
@@ -31,14 +31,12 @@ def apply_message(state: ArenaState, snapshots: Snapshots | None, meta: DMSStepM
     What is kept is what the steps before this one left, and its index may be another's from now
     on; what is restored is read before the step writes anything.
     """
-    for save in on_device(meta.saves, state.blocks.device):
-        assert snapshots is not None, "prefix_cache is off"
-        snapshots.save(*save)
+    assert snapshots is not None or not (meta.saves or meta.restores), "prefix_cache is off"
+    if snapshots is not None and meta.saves:
+        snapshots.save(meta.saves)
     apply_updates(state, meta)
-    restores = on_device(meta.restores, state.blocks.device)
-    for copy, restore in zip(meta.restores, restores, strict=True):
-        assert snapshots is not None, "prefix_cache is off"
-        snapshots.restore(*restore, copy.again)
+    if snapshots is not None and meta.restores:
+        snapshots.restore(meta.restores)
 
 
 def apply_updates(state: ArenaState, meta: DMSStepMeta) -> None:

@@ -1,7 +1,8 @@
 """What the scheduler tells the worker with the next step, and the steps whose reports are due."""
 
+import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -15,7 +16,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.in_flight: deque[Step] = deque()
-        self._row_updates: list[tuple[int, int, int]] = []
+        # state index, position in its row of blocks, ids of the blocks from there on
+        self._row_updates: list[tuple[int, int, list[int]]] = []
         self._starts: dict[int, int] = {}
         self._fail_blocks: list[int] = []
         self._fail_requests: list[str] = []
@@ -28,9 +30,7 @@ class Mailbox:
 
     def give(self, state: int, position: int, blocks: Iterable[KVCacheBlock]) -> None:
         """More blocks for the row of a state index, from ``position`` on."""
-        self._row_updates.extend(
-            (state, position + i, block.block_id) for i, block in enumerate(blocks)
-        )
+        self._row_updates.append((state, position, [block.block_id for block in blocks]))
 
     def forget(self, state: int) -> None:
         """Its request is gone, perhaps preempted in the step that gave it blocks: the worker must
@@ -63,7 +63,7 @@ class Mailbox:
         meta = DMSStepMeta(
             step_id=step.step_id,
             states=step.states.astype(np.int32),
-            row_updates=np.array(self._row_updates, dtype=np.int32).reshape(-1, 3),
+            row_updates=make_row_updates(self._row_updates),
             starts=np.array(list(self._starts.items()), dtype=np.int32).reshape(-1, 2),
             fail_blocks=frozenset(self._fail_blocks),
             fail_requests=frozenset(self._fail_requests),
@@ -81,6 +81,19 @@ class Mailbox:
         if step.step_id != step_id:
             raise RuntimeError(f"report of step {step_id} while step {step.step_id} is due")
         return step
+
+
+def make_row_updates(updates: Sequence[tuple[int, int, list[int]]]) -> np.ndarray:
+    """`DMSStepMeta.row_updates`; a request that goes on from a state has hundreds."""
+    counts = [len(ids) for _, _, ids in updates]
+    rows = np.empty((sum(counts), 3), dtype=np.int32)
+    if updates:
+        states, positions, ids = zip(*updates, strict=True)
+        before = np.cumsum(counts) - counts  # rows
+        rows[:, 0] = np.repeat(states, counts)
+        rows[:, 1] = np.arange(len(rows)) + np.repeat(np.array(positions) - before, counts)
+        rows[:, 2] = list(itertools.chain.from_iterable(ids))
+    return rows
 
 
 def make_copy(state: int, *blocks: list[KVCacheBlock], again: int = -1) -> Copy:

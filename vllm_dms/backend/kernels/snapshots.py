@@ -1,40 +1,68 @@
-"""Kernels that keep a state and restore it: `backend.snapshots.TorchSnapshots` on a GPU."""
+"""Kernels that keep states and restore them: `backend.snapshots.TritonSnapshots` on a GPU.
 
+All copies of a run are made by the same launches, which find them in ``lists``
+(`backend.copies.PackedCopies`), of ``total`` blocks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from vllm_dms.arena.messages import Copy
+from vllm_dms.backend import copies as packing
 from vllm_dms.backend.kernels.launch import Launcher
-from vllm_dms.backend.snapshots import allocate_moved
 from vllm_dms.backend.state import ArenaState
 
 BLOCK_WORDS = 4096  # int64 that a program copies
-NUM_LISTED = 1024  # blocks whose new places a program notes
+NUM_LISTED = 1024  # blocks whose places a program notes
+COLUMNS = tl.constexpr(packing.COLUMNS)
 
 
 @triton.jit
-def translate(moved, ids, PER_BLOCK: tl.constexpr, mask):
-    """Pages or leaves in the blocks that took the place of theirs."""
-    return tl.load(moved + ids // PER_BLOCK, mask=mask, other=0) * PER_BLOCK + ids % PER_BLOCK
+def find_copy(lists, total, copy, WIDTH: tl.constexpr):
+    """Where its source, its target and its record are listed, how many blocks it has, its state
+    index, and ``again``."""
+    columns = lists + 3 * total + copy * WIDTH
+    source = lists + tl.load(columns)
+    count, s, again = tl.load(columns + 1), tl.load(columns + 2), tl.load(columns + 3)
+    return source, source + total, columns + COLUMNS, count, s, again
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["source", "target"])
-def moved_kernel(source, target, count, moved, BLOCK: tl.constexpr):
-    """Grid (parts of BLOCK blocks): which block took whose place."""
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = j < count
-    tl.store(moved + tl.load(source + j, mask=mask), tl.load(target + j, mask=mask), mask=mask)
+@triton.jit
+def translate(ids, per_block, source, target, count, places, mask):
+    """Pages or leaves in the blocks that took the place of theirs; in the first block, if theirs is
+    not of the copy."""
+    block = ids // per_block
+    place = tl.load(places + block, mask=mask, other=0)
+    mask_place = mask & (place < count)
+    found = tl.load(source + place, mask=mask_place, other=-1) == block
+    place = tl.where(found, place, 0)
+    return tl.load(target + place, mask=mask, other=0) * per_block + ids % per_block
 
 
-@triton.jit(do_not_specialize=["s"], do_not_specialize_on_alignment=["source", "target"])
+@triton.jit(do_not_specialize=["total", "begin", "end"], do_not_specialize_on_alignment=["lists"])
+def places_kernel(lists, total, begin, end, places, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (parts of BLOCK blocks of ``begin`` to ``end``): which block of its source each is."""
+    t = begin + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = t < end
+    copy = tl.load(lists + 2 * total + t, mask=mask, other=0)
+    first = tl.load(lists + 3 * total + copy * WIDTH, mask=mask, other=0)
+    tl.store(places + tl.load(lists + t, mask=mask, other=0), t - first, mask=mask)
+
+
+@triton.jit(do_not_specialize=["total", "begin"], do_not_specialize_on_alignment=["lists"])
 def copy_blocks_kernel(
-    source,
-    target,
-    s,
+    lists,
+    total,
+    begin,
     words,
     leaves,
-    moved,
+    places,
     pages_used,
+    WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
     LEAF_ENTRIES: tl.constexpr,
     LEAVES_PAD: tl.constexpr,
@@ -42,14 +70,17 @@ def copy_blocks_kernel(
     IN_USE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks, parts of a block). IN_USE: only the blocks that state ``s`` has pages in."""
-    j, part = tl.program_id(0), tl.program_id(1)
-    used = tl.load(pages_used + s)
-    if IN_USE & (j * PAGES_PER_BLOCK >= used):
-        return
-    src = tl.load(source + j).to(tl.int64)
-    dst = tl.load(target + j).to(tl.int64)
+    """Grid (blocks from ``begin`` on, parts of a block). IN_USE: only the blocks that the state has
+    pages in."""
+    t, part = begin + tl.program_id(0), tl.program_id(1)
+    src = tl.load(lists + t).to(tl.int64)
+    dst = tl.load(lists + total + t).to(tl.int64)
     if src == dst:
+        return
+    copy = tl.load(lists + 2 * total + t)
+    source, target, _, count, s, _ = find_copy(lists, total, copy, WIDTH)
+    place = t - tl.load(lists + 3 * total + copy * WIDTH)
+    if IN_USE & (place * PAGES_PER_BLOCK >= tl.load(pages_used + s)):
         return
     offs = part * BLOCK + tl.arange(0, BLOCK)
     data = tl.load(words + src * WORDS + offs, mask=offs < WORDS)
@@ -58,7 +89,7 @@ def copy_blocks_kernel(
         entry = tl.arange(0, LEAVES_PAD)
         mask = (entry < LEAF_ENTRIES) & (part == 0)
         listed = tl.load(leaves + src * LEAF_ENTRIES + entry, mask=mask, other=0)
-        listed = translate(moved, listed, PAGES_PER_BLOCK, mask)
+        listed = translate(listed, PAGES_PER_BLOCK, source, target, count, places, mask)
         tl.store(leaves + dst * LEAF_ENTRIES + entry, listed, mask=mask)
 
 
@@ -69,19 +100,20 @@ def record_at(base, record, offs, mask, SIZE: tl.constexpr):
     return base + block * SIZE + offs % SIZE
 
 
-@triton.jit(do_not_specialize=["s", "again"], do_not_specialize_on_alignment=["record"])
+@triton.jit(do_not_specialize=["total", "begin"], do_not_specialize_on_alignment=["lists"])
 def record_kernel(
-    record,
-    s,
-    again,
+    lists,
+    total,
+    begin,
     words,
     bytes,
-    moved,
+    places,
     pages_used,
     leaves_used,
     live,
     page_table,
     evict_ring,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
     R_PAD: tl.constexpr,
@@ -94,9 +126,10 @@ def record_kernel(
     BLOCK_BYTES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Grid (rows of a state): what lies beside the pages, into the record or out of it; ``again``
-    as in `Snapshots.restore`."""
-    i = tl.program_id(0)
+    """Grid (rows of a state, copies from ``begin`` on): what lies beside the pages, into the record
+    or out of it."""
+    i, copy = tl.program_id(0), begin + tl.program_id(1)
+    source, target, record, count, s, again = find_copy(lists, total, copy, WIDTH)
     row = s.to(tl.int64) * ROWS + i
     WORDS: tl.constexpr = BLOCK_BYTES // 4
     zero = tl.arange(0, 2) * 0
@@ -116,10 +149,8 @@ def record_kernel(
     own_ring = evict_ring + row * R + slot
 
     ids = tl.load(own_table if SAVE else kept_table, mask=in_table, other=0)
-    listed = translate(moved, ids, PAGES_PER_BLOCK, in_table)
-    if LEAVES_PER_BLOCK > 0:
-        leaf = translate(moved, ids, LEAVES_PER_BLOCK, in_table)
-        listed = tl.where(entry < LEAF, listed, leaf)
+    per_block = tl.where(entry < LEAF, PAGES_PER_BLOCK, LEAVES_PER_BLOCK)
+    listed = translate(ids, per_block, source, target, count, places, in_table)
     verdicts = tl.load(own_ring if SAVE else kept_ring, mask=in_ring, other=0)
     if SAVE:
         tl.store(kept_table, listed, mask=in_table)
@@ -140,66 +171,58 @@ def record_kernel(
 
 
 class TritonSnapshots:
-    """`snapshots.Snapshots`: three launches for a copy, none of which the host waits for."""
+    """`snapshots.Snapshots`: three launches for a run of copies, none of which the host waits
+    for."""
 
     def __init__(self, state: ArenaState) -> None:
         self._state, layout = state, state.layout
         self._bytes = state.blocks.view(-1)
-        moved = allocate_moved(state)
+        width = packing.COLUMNS + layout.record_blocks
+        # Which block of its source each is, in the run at hand; of others, any.
+        places = torch.zeros(state.num_blocks, dtype=torch.int32, device=state.blocks.device)
         words, entries = layout.block_bytes // 8, layout.leaves_per_block * layout.leaf_size
         ring_pad, table_pad = map(triton.next_power_of_2, (layout.ring_size, layout.table_width))
         self._parts = triton.cdiv(words, BLOCK_WORDS)
-        self._note_moved = Launcher(moved_kernel, moved, NUM_LISTED)
-        self._copy_blocks, self._copy_record = {}, {}
+        self._note_places = Launcher(places_kernel, places, width, NUM_LISTED)
+        self._copy_blocks, self._copy_records = {}, {}
         for saves in (False, True):
             self._copy_blocks[saves] = Launcher(
-                copy_blocks_kernel, self._bytes.view(torch.int64), state.leaves, moved,
-                state.pages_used, words, entries, triton.next_power_of_2(max(entries, 1)),
+                copy_blocks_kernel, self._bytes.view(torch.int64), state.leaves, places,
+                state.pages_used, width, words, entries, triton.next_power_of_2(max(entries, 1)),
                 layout.pages_per_block, saves, BLOCK_WORDS, num_warps=8,
             )  # fmt: skip
-            self._copy_record[saves] = Launcher(
-                record_kernel, self._bytes.view(torch.int32), self._bytes, moved,
+            self._copy_records[saves] = Launcher(
+                record_kernel, self._bytes.view(torch.int32), self._bytes, places,
                 state.pages_used, state.leaves_used, state.live, state.page_table,
-                state.evict_ring, layout.num_rows, layout.ring_size, ring_pad, layout.leaf_size,
-                layout.table_width, table_pad, layout.pages_per_block, layout.leaves_per_block,
-                layout.record_row_bytes, layout.block_bytes, saves,
+                state.evict_ring, width, layout.num_rows, layout.ring_size, ring_pad,
+                layout.leaf_size, layout.table_width, table_pad, layout.pages_per_block,
+                max(layout.leaves_per_block, 1), layout.record_row_bytes, layout.block_bytes,
+                saves,
             )  # fmt: skip
 
     def warm_up(self) -> None:
         """Compile the kernels, on the null state: before the first request waits for it."""
-        blocks = torch.zeros(self._state.layout.record_blocks, dtype=torch.int32).to(
-            self._bytes.device
-        )
-        self.save(0, blocks[:1], blocks[:1], blocks)
-        self.restore(0, blocks[:1], blocks[:1], blocks)
+        null, record = np.zeros(1, np.int32), np.zeros(self._state.layout.record_blocks, np.int32)
+        copies = [Copy(0, (null, null, record))]
+        self.save(copies)
+        self.restore(copies)
         self._state.blocks[0].zero_()
 
-    def save(
-        self, s: int, source: torch.Tensor, target: torch.Tensor, record: torch.Tensor
-    ) -> None:
-        self._copy(s, source, target, record, -1, saves=True)
+    def save(self, copies: Sequence[Copy]) -> None:
+        self._copy(copies, saves=True)
 
-    def restore(
-        self,
-        s: int,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        record: torch.Tensor,
-        again: int = -1,
-    ) -> None:
-        self._copy(s, source, target, record, again, saves=False)
+    def restore(self, copies: Sequence[Copy]) -> None:
+        self._copy(copies, saves=False)
 
-    def _copy(
-        self,
-        s: int,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        record: torch.Tensor,
-        again: int,
-        saves: bool,
-    ) -> None:
-        count = len(source)
-        self._note_moved((triton.cdiv(count, NUM_LISTED), 1), None, source, target, count)
-        self._copy_blocks[saves]((count, self._parts), None, source, target, s)
-        rows = self._state.layout.num_rows
-        self._copy_record[saves]((rows, 1), None, record, s, again)
+    def _copy(self, copies: Sequence[Copy], saves: bool) -> None:
+        packed = packing.pack(copies, self._state.num_blocks, saves)
+        lists, first = torch.from_numpy(packed.lists), packed.first
+        if self._bytes.device.type == "cuda":
+            lists = lists.pin_memory().to(self._bytes.device, non_blocking=True)
+        total, rows = first[-1], self._state.layout.num_rows
+        for start, stop in packed.runs:
+            begin, end = first[start], first[stop]
+            parts = triton.cdiv(end - begin, NUM_LISTED)
+            self._note_places((parts, 1), None, lists, total, begin, end)
+            self._copy_blocks[saves]((end - begin, self._parts), None, lists, total, begin)
+            self._copy_records[saves]((rows, stop - start), None, lists, total, start)

@@ -225,13 +225,13 @@ def assert_null_state_untouched(harness: Harness) -> None:
 
 def watch_launches(monkeypatch) -> list[str]:
     """Names of the kernels launched from now on, without their "_kernel"."""
-    names, launch = [], Launcher.__call__
+    names, launch = [], Launcher.at
 
     def watched(launcher, *args):
         names.append(launcher._kernel.fn.__name__.removesuffix("_kernel"))
         launch(launcher, *args)
 
-    monkeypatch.setattr(Launcher, "__call__", watched)
+    monkeypatch.setattr(Launcher, "at", watched)
     return names
 
 

@@ -9,6 +9,7 @@ many kinds ask for after it.
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from vllm_dms.arena.messages import Copy
 from vllm_dms.arena.report import REPORT_WIDTH
+from vllm_dms.backend.kernels import driver as dms_driver
 from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.projection import rotated_width
 from vllm_dms.backend.state import Batch
@@ -27,13 +29,15 @@ GROUP, HEAD_DIM, HEADS = 4, 128, 2
 
 
 def batches():
-    """Of decodes, of chunks, of both; any block table of vLLM's."""
+    """Of decodes, of chunks, of both; any block table of vLLM's; nothing stored, or what the host
+    does not know."""
     for counts in ((1,), (1, 1, 1, 1), (16,), (17, 1, 1), (1, 0, 0), (31, 2, 1, 15), (5, 0)):
         for width in (1, 2, 16, 1025):
             starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             table = torch.zeros(len(counts), width, dtype=torch.int32)
             lengths = torch.tensor([0, *counts], dtype=torch.int32)[1:]  # not aligned
-            yield Batch(len(counts), sum(counts), max(counts), table, starts, lengths)
+            batch = Batch(len(counts), sum(counts), max(counts), table, starts, lengths)
+            yield from (batch, replace(batch, max_stored=0))
 
 
 def run_projection(ops, batch, dtype, projection):
@@ -42,8 +46,9 @@ def run_projection(ops, batch, dtype, projection):
     rotated = torch.zeros(tokens, rotated_width(HEADS, GROUP, HEAD_DIM), dtype=dtype)
     ops.begin_step(batch)
     positions = torch.zeros(tokens + 1, dtype=torch.int64)[1:]
+    output = torch.zeros(tokens, HEADS * GROUP * HEAD_DIM, dtype=dtype)
     for layer in (0, 1, 16):
-        ops.store_projection(batch, layer, projection, qkv, positions, None, rotated)
+        ops.attend_projection(batch, layer, projection, qkv, positions, None, rotated, output)
 
 
 def run_snapshots(snapshots):
@@ -77,14 +82,17 @@ def run(ops, batch, dtype, offset=0):
 def main(storage, *flash):
     asked = []
 
-    def compile_nothing(kernel, *args):
+    def compile_nothing(kernel, key, signature, *_):
         asked.append(kernel.__name__)
-        cache, key = kernel.device_caches[0][0], args[0]
-        cache[key] = SimpleNamespace(
-            run=lambda *args: None, function=0, packed_metadata=(), launch_metadata=lambda *a: None
-        )
-        return cache[key]
+        none = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid")
+        sizes = dict.fromkeys((*none, "shared", "launch_pdl"), 0) | {"num_ctas": 1, "num_warps": 4}
+        kernel.device_caches[0][0][key] = compiled = SimpleNamespace(
+            src=SimpleNamespace(signature=signature), metadata=SimpleNamespace(**sizes),
+            run=lambda *args: None, function=0, packed_metadata=(), launch_metadata=lambda *a: None,
+        )  # fmt: skip
+        return compiled
 
+    dms_driver.driver_function = lambda: lambda *args: 0
     driver.set_active(NoGPU(90))
     JITFunction._do_compile = compile_nothing
     ops, dtype = make_ops(storage, HEAD_DIM, GROUP, True, 64, 2048, no_flash if flash else None)

@@ -1,6 +1,9 @@
 """The benchmarks measure what they say: windows in which only decoding happens, full pools, kernels
 that equal the plain operations."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,3 +159,32 @@ def test_attention_that_is_wrong_is_not_timed():
     for wrong in (exact + 0.1, exact * float("nan")):
         with pytest.raises(SystemExit, match="not timed"):
             bench_kernels.gate("decode", (wrong, exact))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without one the launches are left out")
+def test_launches_are_timed_by_batch_and_part_without_a_gpu(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script, path = Path(bench_kernels.__file__).with_name("bench_launches.py"), tmp_path / "a.json"
+    command = [sys.executable, str(script), "--json", str(path), "--rounds", "2", "--layers", "2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(path.read_text())
+    assert report["launches"] == "none: the plugin's Python alone" and report["versions"]["triton"]
+    rows = {row["batch"]: row for row in report["rows"]}
+    launched = {name: [*row["launches_us"]] for name, row in rows.items()}
+    assert launched == {
+        "fresh prompt within the window": ["schedule", "project_window", "prefill"],
+        "fresh prompt beyond the window": [
+            "schedule", "project", "store_plan", "store_copy", "prefill", "store_window",
+        ],
+        "later chunk": [
+            "schedule", "project", "store_plan", "store_copy", "prefill", "store_window",
+        ],
+        "fresh prompt within the window, 31 decodes": [
+            "schedule", "project_window", "prefill", "decode",
+        ],
+        "32 decodes": ["schedule", "project_token", "decode"],
+    }  # fmt: skip
+    for row in rows.values():
+        assert row["layer_us"] == pytest.approx(sum(row["parts_us"].values()), abs=0.1)
+        assert min(row["parts_us"].values()) > 0 and {"project", "op"} <= row["parts_us"].keys()

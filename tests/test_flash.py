@@ -74,9 +74,12 @@ class Watched:
         self.read = []
         launchers = self.harness.ops._prefill_stored
         for itemsize, (rows, launch) in launchers.items():
-            launchers[itemsize] = rows, lambda *args, launch=launch: self.read.append(launch(*args))
+            launchers[itemsize] = rows, SimpleNamespace(at=partial(self.note, launch.at))
         for index in range(len(self.seqs)):
             self.harness.start(index)
+
+    def note(self, launch, *args):
+        self.read.append(launch(*args))
 
     def step(self, *counts):
         self.read.clear()
@@ -98,8 +101,8 @@ def test_a_layer_asks_no_more_of_its_tensors_than_its_launches_need(monkeypatch)
     """Grids are the step's; flash finds out for itself what it is given."""
     watched, asked = Watched(lengths=(20,)), []
     ops = watched.harness.ops
-    kind, grid = ops._kind, ops._flat_grid
-    monkeypatch.setattr(ops, "_kind", lambda *args: asked.append(args[0]) or kind(*args))
+    rows, grid = ops._rows, ops._flat_grid
+    monkeypatch.setattr(ops, "_rows", lambda *args: asked.append(args[0]) or rows(*args))
     monkeypatch.setattr(ops, "_flat_grid", lambda *args: asked.append("grid") or grid(*args))
     store = store_window = ["key", "value"]
     watched.step(7)

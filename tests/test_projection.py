@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from arena_harness import gather_row
-from kernel_cases import DEVICE, SMALL, Case, assert_null_state_untouched
+from kernel_cases import DEVICE, SMALL, Case, assert_null_state_untouched, watch_launches
+from test_flash import PlainFlash
 
 from vllm_dms.backend.projection import Projection, project, rotated_width, views
 from vllm_dms.config import DMSConfig
@@ -29,9 +30,10 @@ def make_projection(case, norm=True, seed=0):
 
 
 class Fed:
-    """All requests of a case through the operations, from projections."""
+    """All requests of a case through the operations, from projections; ``steps``: of which each is
+    a list of requests and tokens, if not as the case says."""
 
-    def __init__(self, case, config, kernels, projection):
+    def __init__(self, case, config, kernels, projection, steps=()):
         self.case, self.harness = case, case.harness(kernels, config=config)
         self.projection, self.outputs = projection, []
         g = torch.Generator().manual_seed(1)
@@ -42,6 +44,8 @@ class Fed:
         self.stored = [0] * len(case.lengths)
         for index in range(len(case.lengths)):
             self.harness.start(index)
+        for work in steps:
+            self.step(work, config.adapter)
         step = 0
         while self.stored != list(case.lengths):
             counts = [
@@ -63,13 +67,9 @@ class Fed:
         for layer in range(case.layers):
             width = rotated_width(case.heads, case.group, case.dim)
             rotated = qkv.new_full((len(qkv), width), float("nan"))
-            args = (self.projection, qkv, positions.to(DEVICE), alpha, rotated)
-            query, key, value, _ = ops.store_projection(batch, layer, *args)
-            output = torch.full(query.shape, float("nan"), device=DEVICE, dtype=case.dtype)
-            if batch.max_query_len > 1:
-                ops.prefill(batch, layer, query, key, value, output)
-                ops.store_window(batch, layer, key, value)
-            ops.decode(batch, layer, query, output)
+            output = qkv.new_full((len(qkv), case.heads * case.group * case.dim), float("nan"))
+            args = (self.projection, qkv, positions.to(DEVICE), alpha, rotated, output)
+            ops.attend_projection(batch, layer, *args)
         self.outputs.append(output)
         for i, n in work:
             self.stored[i] += n
@@ -101,8 +101,50 @@ def test_a_decision_for_all_heads():
     assert_equal(case, replace(BORROWED, alpha_per="layer"), make_projection(case))
 
 
-def assert_equal(case, config, projection):
-    found, plain = (Fed(case, config, kernels, projection) for kernels in (True, False))
+# Chunks that begin their request and fit into a window of 11: alone, with others that only decode
+# or have one token in all, before and behind them; then decodes until all have left the window.
+ALL = [(0, 1), (1, 1), (2, 1), (3, 1)]
+STEPS = [[(0, 11)], [(1, 12), (0, 1)], [(2, 1), (3, 9), (0, 1), (1, 1)], *[ALL] * 12]
+LENGTHS = tuple(sum(n for work in STEPS for k, n in work if k == i) for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (BORROWED, {}),
+        (FASTDMS, {"dim": 80, "heads": 3, "group": 3, "page": 16, "lengths": LENGTHS[:2]}),
+        (ADAPTER, {"storage": "fp8"}),
+        (BORROWED, {"storage": "int4", "dim": 64, "lengths": LENGTHS[:2]}),
+    ],
+    ids=("borrowed", "fastdms, an odd shape", "adapter, fp8", "borrowed, int4"),
+)
+def test_a_chunk_that_fits_into_its_window_is_stored_as_it_is_projected(config, shape, monkeypatch):
+    case = replace(CASE, window=11, **{"lengths": LENGTHS, **shape})
+    steps = [[(i, n) for i, n in work if i < len(case.lengths)] for work in STEPS]
+    names, config = watch_launches(monkeypatch), replace(config, window=11)
+    assert_equal(case, config, make_projection(case), steps)
+    parts = {"schedule", "project_window", "prefill", "project_token", "decode"}
+    assert {*names} - {"merge"} == parts
+    assert names[:3] == ["schedule", "project_window", "prefill"]
+
+
+def test_flash_attends_to_what_was_projected():
+    """In a window, and beyond it."""
+    case = replace(CASE, layers=1, lengths=(30, 8), chunks=(8, 20, 1), flash=PlainFlash)
+    assert_equal(case, BORROWED, make_projection(case))
+
+
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_a_row_that_needs_a_leaf_in_its_window_is_planned(tokens, monkeypatch):
+    """Two pages of 8 slots are listed by a row itself."""
+    case = replace(CASE, window=20, leaf=2, layers=1, lengths=(30,))
+    names, config = watch_launches(monkeypatch), replace(BORROWED, window=20)
+    assert_equal(case, config, make_projection(case), [[(0, tokens)], *[[(0, 1)]] * (30 - tokens)])
+    assert ("project_window" in names) == (tokens == 16)
+
+
+def assert_equal(case, config, projection, steps=()):
+    found, plain = (Fed(case, config, kernels, projection, steps) for kernels in (True, False))
     a, b = found.harness.state, plain.harness.state
     assert torch.equal(a.live, b.live) and torch.equal(a.pages_used, b.pages_used)
     assert (a.live[1:] < torch.tensor(case.lengths, device=DEVICE)[:, None, None]).any()

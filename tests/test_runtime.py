@@ -1,13 +1,13 @@
 """How the operations are bound and driven: what is refused, the order of calls in a step."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from core_sim import make_config
 
-from vllm_dms.backend import runtime
-from vllm_dms.backend.attention import DMSCompactAttentionImpl
+from vllm_dms.backend import attention_ops, runtime
 from vllm_dms.backend.runtime import Runtime
 from vllm_dms.backend.state import Batch
 
@@ -34,20 +34,31 @@ def make_batch(counts):
     )
 
 
-def test_a_step_is_begun_once_and_by_its_first_layer():
+def run_op(monkeypatch, ops, layer, batch):
+    """The op of a layer, of the step ``batch``."""
+    bound = SimpleNamespace(ops=ops, bind=lambda kv_cache: None)
+    found = SimpleNamespace(dms_runtime=bound, kv_cache=None, layer_index=layer)
+    context = SimpleNamespace(
+        attn_metadata={"a": SimpleNamespace(batch=batch)}, no_compile_layers={"a": found}
+    )
+    monkeypatch.setattr(attention_ops, "get_forward_context", lambda: context)
+    attention_ops._attention(*[None] * 5, "a")
+
+
+def test_a_step_is_begun_once_and_by_its_first_layer(monkeypatch):
     """Within the forward pass, so that a CUDA graph holds it."""
-    impl, ops = DMSCompactAttentionImpl(4, 16, 0.25, 2), Recorder()
+    ops = Recorder()
     for layer in range(2):
-        impl.attend(ops, layer, *[None] * 4, make_batch([1, 1]), None)
+        run_op(monkeypatch, ops, layer, make_batch([1, 1]))
     assert ops.calls == [
         ("begin_step",), ("store", 0), ("decode", 0), ("store", 1), ("decode", 1),
     ]  # fmt: skip
     ops.calls.clear()
-    impl.attend(ops, 0, *[None] * 4, make_batch([1, 3]), None)
+    run_op(monkeypatch, ops, 0, make_batch([1, 3]))
     names = ["begin_step", "store", "prefill", "store_window", "decode"]
     assert [name for name, *_ in ops.calls] == names
     ops.calls.clear()
-    impl.attend(ops, 0, *[None] * 4, replace(make_batch([2, 3]), may_decode=False), None)
+    run_op(monkeypatch, ops, 0, replace(make_batch([2, 3]), may_decode=False))
     assert [name for name, *_ in ops.calls] == names[:-1]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_cases import Case, assert_null_state_untouched
 from test_compile import KERNELS
+from test_projection import make_projection
 
 from vllm_dms.backend.updates import NULL_STEP, Reporter, apply_updates
 
@@ -44,6 +45,7 @@ def test_the_warm_up_leaves_nothing_behind(storage, dim):
     before = [part.view(torch.uint8).clone() for part in state.pages]
     live = state.live[1:].clone()
     harness.ops.warm_up(case.dtype, None)
+    harness.ops.warm_up(case.dtype, make_projection(case))
     reporter = Reporter(state, harness.ops)
     reporter.warm_up()
     apply_updates(state, NULL_STEP)

@@ -24,7 +24,6 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 import vllm_dms.backend.attention_ops  # noqa: F401 registers torch.ops.vllm_dms.attention
 from vllm_dms.arena.spec import DMSCacheSpec, make_spec
-from vllm_dms.backend.ops import Ops
 from vllm_dms.backend.projection import Projection, rotated_width
 from vllm_dms.backend.runtime import Runtime
 from vllm_dms.backend.state import Batch
@@ -82,7 +81,7 @@ def chunks(common: CommonAttentionMetadata) -> tuple[int, int, bool]:
 
 
 class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
-    """Attention over the compact arena, by the operations that are bound to it."""
+    """What vLLM asks of an implementation; attention itself is in `attention_ops`."""
 
     def __init__(
         self,
@@ -128,41 +127,7 @@ class DMSCompactAttentionImpl(AttentionImpl[DMSMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        raise NotImplementedError("DMS attention takes a decision: call `attend`")
-
-    def attend(
-        self,
-        ops: Ops,
-        layer_index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        alpha: torch.Tensor,
-        batch: Batch,
-        output: torch.Tensor,
-    ) -> None:
-        """Store the tokens, then attend; shapes as in `ops`."""
-        if layer_index == 0:
-            ops.begin_step(batch)
-        ops.store(batch, layer_index, key, value, alpha)
-        self.read(ops, layer_index, query, key, value, batch, output)
-
-    def read(
-        self,
-        ops: Ops,
-        layer_index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        output: torch.Tensor,
-    ) -> None:
-        """Attend to what was stored."""
-        if batch.max_query_len > 1:
-            ops.prefill(batch, layer_index, query, key, value, output)
-            ops.store_window(batch, layer_index, key, value)
-        if batch.may_decode:
-            ops.decode(batch, layer_index, query, output)
+        raise NotImplementedError("DMS attention takes a decision: see `attention_ops`")
 
 
 class DMSCompactAttentionBackend(AttentionBackend):

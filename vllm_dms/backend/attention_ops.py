@@ -8,17 +8,21 @@ from torch.library import Library
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_dms.backend.ops import attend
 from vllm_dms.backend.state import Batch
 
 
-def _layer_and_batch(layer_name: str) -> tuple[Any, Batch] | None:
-    """With the layer's arena bound; None while vLLM profiles its memory."""
+def _begin_layer(layer_name: str) -> tuple[Any, Batch] | None:
+    """The layer, with its arena bound, and the step; None while vLLM profiles its memory."""
     context = get_forward_context()
     if context.attn_metadata is None:
         return None
     layer = context.no_compile_layers[layer_name]
+    batch = context.attn_metadata[layer_name].batch
     layer.dms_runtime.bind(layer.kv_cache)
-    return layer, context.attn_metadata[layer_name].batch
+    if layer.layer_index == 0:
+        layer.dms_runtime.ops.begin_step(batch)
+    return layer, batch
 
 
 def _attention(
@@ -29,13 +33,12 @@ def _attention(
     output: torch.Tensor,
     layer_name: str,
 ) -> None:
-    found = _layer_and_batch(layer_name)
+    found = _begin_layer(layer_name)
     if found is None:
         output.zero_()
         return
     layer, batch = found
-    ops, index = layer.dms_runtime.ops, layer.layer_index
-    layer.impl.attend(ops, index, query, key, value, alpha, batch, output)
+    attend(layer.dms_runtime.ops, batch, layer.layer_index, query, key, value, alpha, output)
 
 
 def _attention_of_projection(
@@ -46,19 +49,14 @@ def _attention_of_projection(
     output: torch.Tensor,
     layer_name: str,
 ) -> None:
-    found = _layer_and_batch(layer_name)
+    found = _begin_layer(layer_name)
     if found is None:
         output.zero_()
         return
     layer, batch = found
-    ops, index = layer.dms_runtime.ops, layer.layer_index
-    if index == 0:
-        ops.begin_step(batch)
-    query, key, value, _ = ops.store_projection(
-        batch, index, layer.projection, qkv, positions, alpha, rotated
+    layer.dms_runtime.ops.attend_projection(
+        batch, layer.layer_index, layer.projection, qkv, positions, alpha, rotated, output
     )
-    output = output.view(query.shape)
-    layer.impl.read(ops, index, query, key, value, batch, output)
 
 
 def _nothing(*args: object) -> None:

@@ -9,13 +9,13 @@ then for each layer, in order,
 
     store           survivors of the tokens that leave the window in this step are appended;
                     requests with one query token also write it to the ring
-                    (store_projection: of what is still to be normed and rotated)
     prefill         requests with several query tokens attend: survivors without a mask, then
                     ring and chunk by position and verdict (or, where there is a `flash.Flash`, to
                     the chunk first; other requests' output is then anything until `decode`)
     store_window    their last W + 1 tokens go to the ring
     decode          requests with one query token attend to all their live slots, without a mask
 
+all of which `attend_projection` does, in fewer launches, of what is still to be normed and rotated;
 and after the last layer `report` counts pages for the scheduler.
 
 Shapes: T query tokens, H KV heads of this rank, G query heads per KV head, D channels.
@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 
 from vllm_dms.arena.report import REPORT_HORIZON
-from vllm_dms.backend.projection import Attended, Projection
+from vllm_dms.backend.projection import Projection
 from vllm_dms.backend.state import ArenaState, Batch
 
 
@@ -52,19 +52,6 @@ class Ops(Protocol):
         alpha: torch.Tensor,
     ) -> None: ...
 
-    def store_projection(
-        self,
-        batch: Batch,
-        layer: int,
-        projection: Projection,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        alpha: torch.Tensor | None,
-        rotated: torch.Tensor,
-    ) -> Attended:
-        """`projection.project`, then `store`; what of the result `store` alone reads need not be
-        in ``rotated``. ``alpha`` None: borrowed."""
-
     def prefill(
         self,
         batch: Batch,
@@ -83,8 +70,41 @@ class Ops(Protocol):
         self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor
     ) -> None: ...
 
+    def attend_projection(
+        self,
+        batch: Batch,
+        layer: int,
+        projection: Projection,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        alpha: torch.Tensor | None,
+        rotated: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """`projection.project`, then `attend`. ``alpha`` None: borrowed; ``output``
+        [T, H * G * D]. What nothing reads of the projected need not be in ``rotated``."""
+
     def report(self, out: torch.Tensor) -> None:
         """`report` below."""
+
+
+def attend(
+    ops: Ops,
+    batch: Batch,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """A layer's step, after `begin_step`: store the tokens, then attend."""
+    ops.store(batch, layer, key, value, alpha)
+    if batch.max_query_len > 1:
+        ops.prefill(batch, layer, query, key, value, output)
+        ops.store_window(batch, layer, key, value)
+    if batch.may_decode:
+        ops.decode(batch, layer, query, output)
 
 
 def report(state: ArenaState, out: torch.Tensor) -> None:

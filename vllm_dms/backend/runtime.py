@@ -90,7 +90,7 @@ class Runtime:
         self.config, self.scale = config, scale
         self._dtype = vllm_config.model_config.dtype
         self.projection: Projection | None = (
-            None  # of the first layer, if `store_projection` is used
+            None  # of the first layer, if `attend_projection` is used
         )
         self.layout = make_layout(vllm_config, config)
         max_num_seqs, max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens

@@ -6,8 +6,8 @@ checker, not a way to serve.
 
 import torch
 
-from vllm_dms.backend.ops import report
-from vllm_dms.backend.projection import Attended, Projection, project, views
+from vllm_dms.backend.ops import attend, report
+from vllm_dms.backend.projection import Projection, project, views
 from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.backend.torch_pages import read_slots
 from vllm_dms.backend.torch_store import (
@@ -38,22 +38,6 @@ class TorchOps:
 
     def begin_step(self, batch: Batch) -> None:
         """Nothing to plan: requests take their turns."""
-
-    def store_projection(
-        self,
-        batch: Batch,
-        layer: int,
-        projection: Projection,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        alpha: torch.Tensor | None,
-        rotated: torch.Tensor,
-    ) -> Attended:
-        heads, dim = self.state.layout.num_kv_heads, self.state.layout.head_dim
-        out = views(qkv, rotated, heads, qkv.shape[1] // (heads * dim) - 2, dim)
-        project(projection, self.config, qkv, positions, alpha, out)
-        self.store(batch, layer, out.key, out.value, out.alpha)
-        return out
 
     def store(
         self,
@@ -112,6 +96,22 @@ class TorchOps:
             k, v = read_slots(state, req.state_index, layer, slots, valid)
             tokens = slice(req.start, req.end)
             output[tokens] = _attend(query[tokens], k, v, valid.unsqueeze(1), self.scale)
+
+    def attend_projection(
+        self,
+        batch: Batch,
+        layer: int,
+        projection: Projection,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        alpha: torch.Tensor | None,
+        rotated: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        heads, dim = self.state.layout.num_kv_heads, self.state.layout.head_dim
+        out = views(qkv, rotated, heads, qkv.shape[1] // (heads * dim) - 2, dim)
+        project(projection, self.config, qkv, positions, alpha, out)
+        attend(self, batch, layer, *out, output.view(out.query.shape))
 
     def report(self, out: torch.Tensor) -> None:
         report(self.state, out)

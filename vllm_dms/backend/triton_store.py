@@ -11,8 +11,7 @@ from vllm_dms.backend.kernels.arguments import (
     make_state_args,
 )
 from vllm_dms.backend.kernels.common import Geometry
-from vllm_dms.backend.kernels.launch import Launcher, kind_of
-from vllm_dms.backend.kernels.project import project_kernel, project_token_kernel
+from vllm_dms.backend.kernels.launch import Launcher
 from vllm_dms.backend.kernels.schedule import Schedule
 from vllm_dms.backend.kernels.store import store_token_kernel
 from vllm_dms.backend.kernels.store_chunk import (
@@ -21,12 +20,13 @@ from vllm_dms.backend.kernels.store_chunk import (
     store_window_kernel,
 )
 from vllm_dms.backend.kernels.tuning import Tuning
-from vllm_dms.backend.projection import Attended, Projection, views
 from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.config import DMSConfig
 
 PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
-QUERY_HEADS = 16  # that a program rotates
+
+# A tensor, an address in its memory, and the distance in elements of the rows that begin there.
+Rows = tuple[torch.Tensor, int, int]
 
 
 class TritonStore:
@@ -51,13 +51,13 @@ class TritonStore:
         self.group = schedule.partial_sum.shape[1]
         self.max_tokens = scratch.evict.shape[0]
         self.max_num_seqs = schedule.N // self.heads
+        self._window_slots = min(layout.ring_size, layout.leaf_size * layout.page_size)
         self._batch: Batch | None = None
         sizes = make_geometry(layout, self.max_num_seqs, tuning)
         self._geo = Geometry(*map(constexpr, sizes))
         self._bound = (make_state_args(state, sizes), make_requests(sizes, self.device))
-        self._bind_stores(config, overlap)
         self._config, self._overlap = config, overlap
-        self._project: tuple[Launcher, Launcher] | None = None
+        self._bind_stores(config, overlap)
 
     def _store_options(self, overlap: bool) -> dict[str, bool]:
         # What is rounded twice stays two operations.
@@ -83,57 +83,14 @@ class TritonStore:
             store_window_kernel, *self._bound, evict, geo, block, overlap, **options
         )
 
-    def _bind_project(self, eps: float) -> tuple[Launcher, Launcher]:
-        """Of single tokens, with their store, and of chunks; ``eps`` is the same in all layers."""
-        config, geo, overlap = self._config, self._geo, self._overlap
-        num_heads, pad = self.heads * self.group, triton.next_power_of_2(self.heads)
-        heads = min(QUERY_HEADS, triton.next_power_of_2(num_heads))
-        zero = (config.zero != "never", config.zero == "both")
-        how = (self.group, heads, *zero, config.alpha_per == "layer", pad)
-        rule, options = (config.alpha_scale, config.alpha_offset), self._store_options(overlap)
-        self._parts = 1 + triton.cdiv(num_heads, heads)
-        token = Launcher(
-            project_token_kernel, *self._bound, *rule, geo, eps, *how, config.shift, config.evict,
-            overlap, **options,
-        )  # fmt: skip
-        return token, Launcher(project_kernel, geo, eps, *how, overlap, **options)
-
     def _begin_stores(self, batch: Batch) -> None:
         """What is the same in all layers of a step."""
         self._batch = batch
         self._copy_grid = self._flat_grid(batch, self.tuning.copy_block)
         # Whether a chunk may push a token out of its window.
         self._pushes_out = batch.max_stored + batch.max_query_len > self.state.layout.ring_size
-
-    def store_projection(
-        self,
-        batch: Batch,
-        layer: int,
-        projection: Projection,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        alpha: torch.Tensor | None,
-        rotated: torch.Tensor,
-    ) -> Attended:
-        self._check_step(batch)
-        if self._project is None:
-            self._project = self._bind_project(projection.eps)
-        if positions.shape[0] != qkv.shape[0]:
-            check("positions of the projection's tokens", positions.shape[0], qkv.shape[0])
-        out = views(qkv, rotated, self.heads, self.group, self.head_dim)
-        cache = projection.rotary.cos_sin_cache
-        strides = (0, 0) if alpha is None else alpha.stride()
-        kind = source, target, _, _ = kind_of(qkv), kind_of(rotated), kind_of(cache), alpha is None
-        arguments = (
-            qkv, source[0], positions, alpha, *strides, projection.q_norm, projection.k_norm,
-            cache, rotated, target[0],
-        )  # fmt: skip
-        if batch.max_query_len == 1:
-            self._project[0]((batch.num_reqs, self._parts), kind, *arguments, layer)
-        else:
-            self._project[1]((batch.num_tokens, self._parts), kind, *arguments)
-            self.store(batch, layer, out.key, out.value, out.alpha)
-        return out
+        # Whether chunks begin their request, and end in their window and their rows' own pages.
+        self._in_window = batch.max_stored == 0 and batch.max_query_len <= self._window_slots
 
     def store(
         self,
@@ -144,36 +101,55 @@ class TritonStore:
         alpha: torch.Tensor,
     ) -> None:
         self._check_step(batch)
-        k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
+        k, v = self._rows("key", key, self.heads), self._rows("value", value, self.heads)
         if alpha.shape[1] != self.heads:
             check("alpha's heads", alpha.shape[1], self.heads)
-        arguments = (key, value, alpha, k[0], v[0], *alpha.stride(), layer)
+        self._launch_store(batch, layer, k, v, (alpha, alpha.data_ptr(), *alpha.stride()))
+
+    def _launch_store(
+        self, batch: Batch, layer: int, key: Rows, value: Rows,
+        alpha: tuple[torch.Tensor, int, int, int],
+    ) -> None:  # fmt: skip
+        """``alpha``: as `Rows`, and the distance of its heads"""
+        (near_k, k, k_stride), (near_v, v, v_stride) = key, value
+        near_a, a, *a_strides = alpha
+        kind, near = (k_stride, v_stride, k % 16, v % 16), (near_k, near_v, near_a)
+        arguments = (k, v, a, k_stride, v_stride, *a_strides, layer)
         if batch.max_query_len == 1:
-            self._store_token((batch.num_reqs, 1), (k, v), *arguments)
+            self._store_token.at((batch.num_reqs, 1), kind, near, *arguments)
             return
-        self._store_plan((batch.num_reqs, self.heads), (k, v), *arguments)
+        self._store_plan.at((batch.num_reqs, self.heads), kind, near, *arguments)
         if self._pushes_out:
-            self._store_copy(self._copy_grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
+            self._store_copy.at(
+                self._copy_grid, kind, near[:2], k, v, k_stride, v_stride, batch.num_reqs, layer
+            )
 
     def store_window(
         self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         self._check_step(batch)
-        k, v = self._kind("key", key, self.heads), self._kind("value", value, self.heads)
-        self._store_window(self._copy_grid, (k, v), key, value, k[0], v[0], batch.num_reqs, layer)
+        k, v = self._rows("key", key, self.heads), self._rows("value", value, self.heads)
+        self._launch_window(batch, layer, k, v)
+
+    def _launch_window(self, batch: Batch, layer: int, key: Rows, value: Rows) -> None:
+        (near_k, k, k_stride), (near_v, v, v_stride) = key, value
+        self._store_window.at(
+            self._copy_grid, (k_stride, v_stride, k % 16, v % 16), (near_k, near_v), k, v,
+            k_stride, v_stride, batch.num_reqs, layer,
+        )  # fmt: skip
 
     def _check_step(self, batch: Batch) -> None:
         assert batch is self._batch, "begin_step of this batch comes first"
 
-    def _kind(self, name: str, x: torch.Tensor, heads: int) -> tuple[int, bool]:
-        """`kind_of` x [T, heads, D], whose heads lie side by side."""
+    def _rows(self, name: str, x: torch.Tensor, heads: int) -> Rows:
+        """Of x [T, heads, D], whose heads lie side by side."""
         stride, of_head, of_channel = x.stride()
         _, found, dim = x.shape
         # Quick, as it is asked hundreds of times a step. A tensor of a CPU Triton refuses itself.
         if found != heads or of_head != dim or of_channel != 1 or dim != self.head_dim:
             check(f"shape of {name}", (found, dim), (heads, self.head_dim))
             check(f"strides of {name}'s heads", (of_head, of_channel), (dim, 1))
-        return stride, x.data_ptr() % 16 == 0
+        return x, x.data_ptr(), stride
 
     def _flat_grid(self, batch: Batch, block: int) -> tuple[int, int]:
         """Blocks of tokens as `find_request` counts them, times heads."""

@@ -2,19 +2,19 @@
 
 At every launch Triton looks at each argument, the constant ones included, to tell which compiled
 kernel is meant: several times the cost of the launch, hundreds of times a step. Here it does so
-once for each kind of arguments.
+once for each kind of arguments, and what it compiled is then launched by `kernels.driver`.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-import triton
+
+from vllm_dms.backend.kernels.driver import DriverLaunch
 
 
 def addresses(constant: Any) -> Any:
-    """``constant`` with the addresses of its tensors: a launch takes both, but asks what a tensor
-    is."""
+    """``constant`` with the addresses of its tensors."""
     if isinstance(constant, torch.Tensor):
         return constant.data_ptr()
     if isinstance(constant, tuple):
@@ -29,32 +29,45 @@ def kind_of(x: torch.Tensor) -> tuple[int, bool]:
     return x.stride()[0], x.data_ptr() % 16 == 0
 
 
+def tensor_at(near: Any, address: Any) -> Any:
+    """What Triton takes for ``address``, in the memory of the tensor ``near`` and of its dtype."""
+    if not isinstance(near, torch.Tensor):
+        return address
+    offset = (address - near.data_ptr()) // near.element_size()
+    return near.as_strided((1,), (1,), near.storage_offset() + offset)
+
+
 class Launcher:
     """A kernel and its last arguments, which are the same in every launch."""
 
     def __init__(self, kernel: Any, *constants: Any, **options: Any) -> None:
         """``options``: num_warps and the like"""
         self._kernel, self._constants, self._options = kernel, constants, options
-        self._addresses = addresses(constants)
-        self._compiled: dict[Hashable, tuple[Callable, Any, Any, Callable]] = {}
+        self._compiled: dict[Hashable, DriverLaunch] = {}
 
     def __call__(self, grid: tuple[int, int], kind: Hashable, *arguments: Any) -> None:
         """``kind``: equal for arguments that Triton compiles the same kernel for"""
-        found = self._compiled.get(kind)
-        if found is None:
-            self._find(grid, kind, arguments)
-            return
-        run, function, metadata, stream_of = found
-        run(
-            *grid, 1, stream_of(self.device), function, metadata, None, None, None,
-            *arguments, *self._addresses,
-        )  # fmt: skip
+        found = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
+        self.at(grid, kind, arguments, *found)
 
-    def _find(self, grid: tuple[int, int], kind: Hashable, arguments: tuple[Any, ...]) -> None:
+    def at(
+        self, grid: tuple[int, int], kind: Hashable, near: tuple[Any, ...], *arguments: Any
+    ) -> None:
+        """With addresses in place of tensors, so that none has to be made; ``near``: tensors in
+        whose memory the first arguments are, or None."""
+        launch = self._compiled.get(kind)
+        if launch is None:
+            self._find(grid, kind, near, arguments)
+        else:
+            launch(grid, arguments)
+
+    def _find(
+        self, grid: tuple[int, int], kind: Hashable, near: tuple[Any, ...], arguments: Any
+    ) -> None:
         """Launch as Triton does; it returns the kernel, under its interpreter None."""
-        kernel = self._kernel[grid](*arguments, *self._constants, **self._options)
+        tensors = [tensor_at(*pair) for pair in zip(near, arguments, strict=False)]
+        given = (*tensors, *arguments[len(tensors) :])
+        kernel = self._kernel[grid](*given, *self._constants, **self._options)
         if kernel is not None:
-            active = triton.runtime.driver.active
-            self.device = active.get_current_device()
-            found = (kernel.run, kernel.function, kernel.packed_metadata, active.get_current_stream)
-            self._compiled[kind] = found
+            constants = addresses(self._constants)
+            self._compiled[kind] = DriverLaunch(kernel, arguments, constants)

@@ -1,0 +1,45 @@
+"""A launch by the driver is the one that Triton's own launcher makes, to the byte."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("launch_by_driver.py")
+# Of the driver, what launchers call.
+LIBRARY = """
+#include <stdint.h>
+static void (*told)(const void *, void *, void **);
+void listen(void (*listener)(const void *, void *, void **)) { told = listener; }
+int cuLaunchKernelEx(const void *config, void *function, void **cells, void **extra) {
+  told(config, function, cells);
+  return 0;
+}
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
+int cuPointerGetAttribute(uint64_t *out, int which, uint64_t pointer) { *out = pointer; return 0; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton does")
+def test_the_driver_is_told_what_triton_tells_it(tmp_path):
+    source, library = tmp_path / "cuda.c", tmp_path / "libcuda.so.1"
+    source.write_text(LIBRARY)
+    shared = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
+    subprocess.run(["cc", *shared, "-o", library, source], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = json.loads(done.stdout)
+    assert len(launches) == 6
+    for by_triton, by_plugin in launches:
+        assert by_plugin == by_triton
+    (about, attributes, values), _ = launches[0]
+    assert about[:6] == [5, 2, 1, 256, 1, 1] and attributes == [[6, 1]] and len(values) == 13
+    assert launches[2][0][0][7] == 0x1234567890 and launches[3][0][1] == []

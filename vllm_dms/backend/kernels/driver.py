@@ -1,0 +1,118 @@
+"""A compiled kernel's launch by the CUDA driver itself.
+
+Triton's own launcher takes all arguments apart at every launch, sixty of them, most of which never
+change: several microseconds (of Triton 3.6, 3 of a modern core). Here those are written to memory
+once, and a launch adds the others. What the driver is told is the same
+(`tests/test_launch.py` compares).
+"""
+
+import ctypes
+import functools
+import operator
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import triton
+
+CELL = 8  # bytes of an argument in memory; the driver reads as many as the kernel takes
+FORMATS = {
+    **dict.fromkeys(("i64", "u64"), "q"),
+    **{"i1": "?7x", "u1": "?7x", "i32": "i4x", "u32": "I4x", "fp32": "f4x"},
+}
+OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute"""
+
+    _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_int * 16))
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig"""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@functools.cache
+def driver_function() -> Callable[[int, int, int, None], int]:
+    """cuLaunchKernelEx"""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p] * 4
+    return function
+
+
+def flatten(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
+    """Type and value of what lies in tuples of tuples, but for what is compiled in."""
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from flatten(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
+
+
+def format_of(kinds: Iterable[str]) -> str:
+    """Of `struct`, each in a cell."""
+    return "@" + "".join("Q" if kind[0] == "*" else FORMATS[kind] for kind in kinds)
+
+
+class DriverLaunch:
+    """``kernel``, as Triton compiled and loaded it, with constants that stay where they are."""
+
+    def __init__(self, kernel: Any, arguments: tuple[Any, ...], constants: Any) -> None:
+        """``arguments``: of this launch, numbers and addresses; ``constants``: those after them"""
+        metadata, types = kernel.metadata, tuple(kernel.src.signature.values())
+        scratch = metadata.global_scratch_size, metadata.profile_scratch_size
+        assert scratch == (0, 0) and metadata.num_ctas == 1, metadata
+        assert not metadata.launch_cooperative_grid, metadata
+        own = types[: len(arguments)]
+        passed = [i for i, kind in enumerate(own) if kind != "constexpr"]
+        self._pack = struct.Struct(format_of(own[i] for i in passed)).pack_into
+        self._pick: Callable[[tuple[Any, ...]], Iterable[Any]] = operator.itemgetter(*passed)
+        if len(passed) < 2:  # of one itemgetter makes no tuple
+            self._pick = lambda values: [values[i] for i in passed]
+        fixed = [*flatten(types[len(arguments) :], constants)]
+
+        # Two more than Triton's signature has: its kernels' scratch.
+        self._memory = ctypes.create_string_buffer(CELL * (len(passed) + len(fixed) + 2))
+        values = struct.pack(format_of(kind for kind, _ in fixed), *(value for _, value in fixed))
+        ctypes.memmove(ctypes.byref(self._memory, CELL * len(passed)), values, len(values))
+        first, end = ctypes.addressof(self._memory), len(self._memory)
+        self._cells = (ctypes.c_void_p * (end // CELL))(*range(first, first + end, CELL))
+
+        overlaps = Attribute(OVERLAPS, (ctypes.c_int * 16)(1))
+        self._config = Config(
+            block=(32 * metadata.num_warps, 1, 1),
+            shared_bytes=metadata.shared,
+            attributes=ctypes.pointer(overlaps),
+            num_attributes=int(metadata.launch_pdl),
+        )
+        active = triton.runtime.driver.active
+        self._device, self._stream_of = active.get_current_device(), active.get_current_stream
+        self._grid: tuple[int, int] | None = None
+        self._stream: int | None = None
+        self._launch, places = driver_function(), (self._config, self._cells)
+        config, cells = map(ctypes.addressof, places)
+        self._told = (config, kernel.function, cells, None)
+
+    def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
+        """``arguments``: numbers and addresses, of the types that there were at first"""
+        if 0 in grid:
+            return
+        self._pack(self._memory, 0, *self._pick(arguments))
+        stream = self._stream_of(self._device)
+        if grid != self._grid or stream != self._stream:
+            self._grid, self._stream = grid, stream
+            self._config.grid[:2], self._config.grid[2] = grid, 1
+            self._config.stream = stream
+        error = self._launch(*self._told)
+        if error:
+            raise RuntimeError(f"CUDA refuses a launch of grid {grid}: error {error}")

@@ -65,7 +65,8 @@ def test_every_kernel_compiles(
         "project_token_kernel",
         "project_window_kernel",
     )
-    assert max(found[name][1] for name in per_token) <= 16, found
+    spilled = 16 if storage != "float32" else 32  # whose products take registers, not tensor cores
+    assert max(found[name][1] for name in per_token) <= spilled, found
     assert max(shared for _, _, shared, _ in found.values()) <= SHARED_KIB[capability] << 10, found
     # `test_overlap` says which accesses may come early; the compiler moved none there.
     early = {name: count for name, (*_, count) in found.items() if count is not None}

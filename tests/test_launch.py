@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+
+from vllm_dms.backend.kernels import launch
+from vllm_dms.backend.kernels.driver import is_known
 
 SCRIPT = Path(__file__).with_name("launch_by_driver.py")
 # Of the driver, what launchers call.
@@ -43,3 +48,39 @@ def test_the_driver_is_told_what_triton_tells_it(tmp_path):
     (about, attributes, values), _ = launches[0]
     assert about[:6] == [5, 2, 1, 256, 1, 1] and attributes == [[6, 1]] and len(values) == 13
     assert launches[2][0][0][7] == 0x1234567890 and launches[3][0][1] == []
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("3.6.0", True), ("3.7.1+git", True), ("3.60.0", False), ("4.0", False)]
+)
+def test_a_triton_that_was_not_compared_launches_itself_and_is_named(
+    version, known, monkeypatch, caplog
+):
+    launches, by_driver = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: launches.append((grid, given, options)) or "compiled"
+
+    class ByDriver:
+        def __init__(self, *about):
+            by_driver.append(about)
+
+        def __call__(self, grid, arguments):
+            by_driver.append((grid, arguments))
+
+    is_known.cache_clear()
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(launch, "DriverLaunch", ByDriver)
+    x = torch.zeros(4)
+    launcher = launch.Launcher(Kernel(), 7, num_warps=2)
+    for number in (5, 6):
+        launcher((1, 2), "kind", x, number)
+    assert len(launches) == (1 if known else 2) and len(by_driver) == (2 if known else 0)
+    for (grid, (tensor, number, constant), options), expected in zip(
+        launches, (5, 6), strict=False
+    ):
+        assert tensor.data_ptr() == x.data_ptr() and tensor.dtype == x.dtype
+        assert (grid, number, constant, options) == ((1, 2), expected, 7, {"num_warps": 2})
+    assert [version in record.message for record in caplog.records] == ([] if known else [True])
+    is_known.cache_clear()

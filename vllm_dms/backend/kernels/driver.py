@@ -3,11 +3,13 @@
 Triton's own launcher takes all arguments apart at every launch, sixty of them, most of which never
 change: several microseconds (of Triton 3.6, 3 of a modern core). Here those are written to memory
 once, and a launch adds the others. What the driver is told is the same
-(`tests/test_launch.py` compares).
+(`tests/test_launch.py` compares); with a version of Triton that has not been compared, Triton
+launches.
 """
 
 import ctypes
 import functools
+import logging
 import operator
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +17,9 @@ from typing import Any
 
 import triton
 
+logger = logging.getLogger("vllm.vllm_dms")
+
+TRITON_VERSIONS = ("3.6", "3.7")
 CELL = 8  # bytes of an argument in memory; the driver reads as many as the kernel takes
 FORMATS = {
     **dict.fromkeys(("i64", "u64"), "q"),
@@ -40,6 +45,19 @@ class Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(Attribute)),
         ("num_attributes", ctypes.c_uint),
     )
+
+
+@functools.cache
+def is_known(version: str) -> bool:
+    """Whether Triton's own launcher tells the driver what `DriverLaunch` does: others may pass
+    more."""
+    known = version.startswith(tuple(f"{v}." for v in TRITON_VERSIONS))
+    if not known:
+        logger.warning(
+            "DMS kernels are launched by Triton %s itself, which costs the host more: known to DMS "
+            "are Triton %s.", version, " and ".join(TRITON_VERSIONS),
+        )  # fmt: skip
+    return known
 
 
 @functools.cache

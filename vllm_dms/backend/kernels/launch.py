@@ -2,15 +2,17 @@
 
 At every launch Triton looks at each argument, the constant ones included, to tell which compiled
 kernel is meant: several times the cost of the launch, hundreds of times a step. Here it does so
-once for each kind of arguments, and what it compiled is then launched by `kernels.driver`.
+once for each kind of arguments, and what it compiled is then launched by `kernels.driver`, if that
+knows this version of Triton.
 """
 
 from collections.abc import Hashable
 from typing import Any
 
 import torch
+import triton
 
-from vllm_dms.backend.kernels.driver import DriverLaunch
+from vllm_dms.backend.kernels.driver import DriverLaunch, is_known
 
 
 def addresses(constant: Any) -> Any:
@@ -68,6 +70,6 @@ class Launcher:
         tensors = [tensor_at(*pair) for pair in zip(near, arguments, strict=False)]
         given = (*tensors, *arguments[len(tensors) :])
         kernel = self._kernel[grid](*given, *self._constants, **self._options)
-        if kernel is not None:
+        if kernel is not None and is_known(triton.__version__):
             constants = addresses(self._constants)
             self._compiled[kind] = DriverLaunch(kernel, arguments, constants)

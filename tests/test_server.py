@@ -40,11 +40,14 @@ class Server:
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
 
-    def post(self, path: str, **body) -> str:
+    def open(self, path: str, **body):
         """A connection of its own, so that either front end may answer."""
         data = json.dumps({"model": "tiny", "temperature": 0, **body}).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=120) as answer:
+        return urlopen(request, timeout=120)
+
+    def post(self, path: str, **body) -> str:
+        with self.open(path, **body) as answer:
             return answer.read().decode()
 
     def complete(self, prompt, **body) -> dict:
@@ -138,20 +141,23 @@ def test_structured_output_keeps_to_its_grammar_after_evictions(server):
 
 @pytest.mark.slow
 def test_a_paused_engine_goes_on_where_it_was(server):
-    def text():
-        return server.complete(LONG, max_tokens=200)["choices"][0]["text"]
-
+    body = {"prompt": LONG, "max_tokens": 200, "ignore_eos": True}
     start = time.monotonic()
-    undisturbed = text()
+    undisturbed = server.complete(**body)["choices"][0]["text"]
     seconds = time.monotonic() - start
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(text)
-        time.sleep(seconds / 4)
+    stream = server.open("/v1/completions", stream=True, **body)
+    with stream, ThreadPoolExecutor(1) as pool:
+        first = stream.readline()  # once it is on its way
         server.post("/pause?mode=keep")
-        time.sleep(seconds)
-        assert not answer.done()
-        server.post("/resume")
-        assert answer.result() == undisturbed
+        try:
+            rest = pool.submit(stream.read)
+            time.sleep(seconds)
+            paused = not rest.done()
+        finally:
+            server.post("/resume")
+        chunks = events_of((first + rest.result()).decode())
+    assert paused
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == undisturbed
 
 
 def events_of(stream: str) -> list[dict]:

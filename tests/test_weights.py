@@ -88,9 +88,13 @@ def test_a_bias_of_zeros_is_nothing(edited, make_engine):
     check_exact(path, make_engine(path, **engine_args(96)), prompts((230,)), sampling(4))
 
 
-int8_in_fp32 = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="on a GPU vLLM has int8 for models in 16 bits only"
-)
+@pytest.fixture
+def int8_in_fp32(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU vLLM has int8 for models in 16 bits only")
+    # So it is on a CPU with AMX, by the kernel that vLLM prefers there.
+    kernels = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
+    monkeypatch.setattr(f"{kernels}.check_cpu_sgl_kernel", lambda *_: False)
 
 
 @pytest.fixture
@@ -117,9 +121,8 @@ def decisions(llm, prompt):
     return torch.stack(found[:2])
 
 
-@int8_in_fp32
 def test_few_decisions_differ_in_int8_and_a_warning_says_so(
-    checkpoint, make_engine, tmp_path, rounding_warnings
+    int8_in_fp32, checkpoint, make_engine, tmp_path, rounding_warnings
 ):
     path = checkpoint("nvidia-borrowed")
     (prompt,) = prompts((500,))
@@ -134,10 +137,9 @@ def test_few_decisions_differ_in_int8_and_a_warning_says_so(
     assert "q_proj is quantized" in rounding_warnings[0] and "adapter form" in rounding_warnings[0]
 
 
-@int8_in_fp32
 @pytest.mark.parametrize("form", ["nvidia-adapter", "fastdms"])
 def test_only_what_is_borrowed_is_warned_about(
-    checkpoint, make_engine, tmp_path, rounding_warnings, form
+    int8_in_fp32, checkpoint, make_engine, tmp_path, rounding_warnings, form
 ):
     make_engine(quantize_int8(checkpoint(form), tmp_path / form), **engine_args(512))
     assert bool(rounding_warnings) == (form == "fastdms")

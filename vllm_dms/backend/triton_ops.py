@@ -113,8 +113,9 @@ class TritonOps(TritonAttention):
         given = (0, 0) if alpha is None else alpha.stride()
         source, target = qkv.stride(0), rotated.stride(0)
         rows = batch.num_reqs if name == "token" else batch.num_tokens
+        lacks = tuple(y is None for y in may_lack)
         self._project[name].at(
-            (rows, self._parts), (source, target, x % 16, c % 16, r % 16, alpha is None), near,
+            (rows, self._parts), (source, target, x % 16, c % 16, r % 16, lacks), near,
             x, positions.data_ptr(), *may_lack, c, r, source, *given, target, *numbers,
         )  # fmt: skip
 

@@ -71,20 +71,31 @@ def flat(types):
             yield 8 if kind[0] == "*" else SIZES.get(kind, 4)
 
 
-def main():
+def sizes_of(source):
+    """Bytes of a kernel's arguments. Whatever else is asked for, Triton passes scratch that has no
+    bytes."""
+    return [*flat(source.signature.values()), 8, 8]
+
+
+def listen_to_driver(heard, sizes_of):
+    """Put in ``heard`` what the driver is told; ``sizes_of`` a function: bytes of its arguments."""
     sys.setdlopenflags(os.RTLD_LAZY)  # of the driver's functions there are a few
-    heard, sizes = [], []
 
     def listen(config, function, cells):
         c = config.contents
         attributes = [(c.attributes[i].id & 0xFFFFFFFF, c.attributes[i].value[0])
                       for i in range(c.num_attributes)]  # fmt: skip
         about = (*c.grid, *c.block, c.shared_bytes, c.stream or 0, function)
-        values = [ctypes.string_at(cells[i], size).hex() for i, size in enumerate(sizes)]
-        heard.append([about, attributes, values])
+        sizes = enumerate(sizes_of(function))
+        heard.append([about, attributes, [ctypes.string_at(cells[i], n).hex() for i, n in sizes]])
 
-    listener = LISTENER(listen)
-    ctypes.CDLL("libcuda.so.1").listen(listener)
+    listen_to_driver.listener = LISTENER(listen)  # kept, as the library does not
+    ctypes.CDLL("libcuda.so.1").listen(listen_to_driver.listener)
+
+
+def main():
+    heard, sizes = [], []
+    listen_to_driver(heard, lambda function: sizes)
     active = Driver(90)
     driver.set_active(active)
     active.utils = CudaUtils()
@@ -111,8 +122,7 @@ def main():
         launcher((1, 1), "kind", *arguments)
         kernel = compiled[-1]
         own = CudaLauncher(kernel.src, kernel.metadata)
-        # Whatever else is asked for, Triton passes scratch that has no bytes.
-        sizes[:] = [*flat(kernel.src.signature.values()), 8, 8]
+        sizes[:] = sizes_of(kernel.src)
         for grid, stream, given in (((5, 2), 0, others), ((5, 2), 0, arguments),
                                     ((7, 1), 0x1234567890, others)):  # fmt: skip
             active.stream = stream

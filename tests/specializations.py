@@ -7,6 +7,7 @@ Prints one line of JSON: kernels that a warm-up asks the compiler for, and those
 many kinds ask for after it.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -40,15 +41,15 @@ def batches():
             yield from (batch, replace(batch, max_stored=0))
 
 
-def run_projection(ops, batch, dtype, projection):
+def run_projection(ops, batch, dtype, projection, alphas=(None,)):
     tokens = batch.num_tokens
     qkv = torch.zeros(tokens, (GROUP + 2) * HEADS * HEAD_DIM, dtype=dtype)
     rotated = torch.zeros(tokens, rotated_width(HEADS, GROUP, HEAD_DIM), dtype=dtype)
     ops.begin_step(batch)
     positions = torch.zeros(tokens + 1, dtype=torch.int64)[1:]
     output = torch.zeros(tokens, HEADS * GROUP * HEAD_DIM, dtype=dtype)
-    for layer in (0, 1, 16):
-        ops.attend_projection(batch, layer, projection, qkv, positions, None, rotated, output)
+    for layer, alpha in itertools.product((0, 1, 16), alphas):
+        ops.attend_projection(batch, layer, projection, qkv, positions, alpha, rotated, output)
 
 
 def run_snapshots(snapshots):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from test_compile import KERNELS
 
 from vllm_dms.backend.kernels import launch
 from vllm_dms.backend.kernels.driver import is_known
 
-SCRIPT = Path(__file__).with_name("launch_by_driver.py")
 # Of the driver, what launchers call.
 LIBRARY = """
 #include <stdint.h>
@@ -29,8 +29,14 @@ int cuPointerGetAttribute(uint64_t *out, int which, uint64_t pointer) { *out = p
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton does")
-def test_the_driver_is_told_what_triton_tells_it(tmp_path):
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="needs a C compiler, as Triton does"
+)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """What a script prints, in a process where `LIBRARY` is the driver."""
     source, library = tmp_path / "cuda.c", tmp_path / "libcuda.so.1"
     source.write_text(LIBRARY)
     shared = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
@@ -39,15 +45,37 @@ def test_the_driver_is_told_what_triton_tells_it(tmp_path):
     env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    launches = json.loads(done.stdout)
+
+    def run(name, *arguments):
+        command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return run
+
+
+@needs_compiler
+def test_the_driver_is_told_what_triton_tells_it(run_script):
+    launches = run_script("launch_by_driver.py")
     assert len(launches) == 6
     for by_triton, by_plugin in launches:
         assert by_plugin == by_triton
     (about, attributes, values), _ = launches[0]
     assert about[:6] == [5, 2, 1, 256, 1, 1] and attributes == [[6, 1]] and len(values) == 13
     assert launches[2][0][0][7] == 0x1234567890 and launches[3][0][1] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", [["bfloat16"], ["int4", "flash"]], ids=" ".join)
+def test_so_is_it_of_each_kernel_in_batches_of_all_kinds(run_script, how):
+    """The same kernel with the same arguments, whatever came first."""
+    found = run_script("launches_of_plugin.py", *how)
+    assert found["differ"] == []
+    others = {"alpha_kernel"}  # launched by Triton
+    others.add("prefill_kernel" if "flash" in how else "prefill_stored_kernel")
+    assert {*found["compared"]} >= KERNELS - others
+    assert all(count > 20 for count in found["compared"].values())
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ say "pytest ${parallel[*]}"
 "$python" -m pytest -q "${parallel[@]}" "$@" || failed+=(pytest)
 
 # What touches nothing of vLLM, or is the same with each version and takes long.
-unrelated=(adapter addresses benchmark command compile config dense docs families fastdms golden kernels
-    needles overlap processes quality quantized reference report retrofit seed server smollm2 storage
+unrelated=(adapter addresses benchmark command compile config copies dense docs families fastdms golden kernels launch
+    needles overlap processes project_window ptx quality quantized reference report retrofit seed server smollm2 storage
     synthetic tiny torch_ops triton_ops verify weights wheel)
 ignored=("${unrelated[@]/#/--ignore-glob=tests/test_}")
 ignored=("${ignored[@]/%/*.py}")

@@ -1,9 +1,10 @@
 """The inner loop of decode attention over 4-bit pages.
 
 A word has one channel of each of the four groups, so that a tile of words is four tiles of
-channels: nothing is moved between threads. A nibble becomes a float16 by placing it in the mantissa
-of 1024, where it counts 1 or, unshifted, 16. Scales and centers of K go to the scores, which they
-cost less than K itself; V is multiplied out, and its four products share the weights.
+channels: nothing is moved between threads. A nibble becomes a float16 by placing it in a mantissa:
+of K in that of 1024, where it counts 1 or, unshifted, 16, of V in that of 64, where it counts 1.
+Scales and centers of K go to the scores, which are fewer than K's channels; V is multiplied out, so
+that its four products share the weights.
 """
 
 import triton

@@ -22,8 +22,8 @@ logger = logging.getLogger("vllm.vllm_dms")
 TRITON_VERSIONS = ("3.6", "3.7")
 CELL = 8  # bytes of an argument in memory; the driver reads as many as the kernel takes
 FORMATS = {
-    **dict.fromkeys(("i64", "u64"), "q"),
-    **{"i1": "?7x", "u1": "?7x", "i32": "i4x", "u32": "I4x", "fp32": "f4x"},
+    **{"i1": "?7x", "u1": "?7x", "i32": "i4x", "u32": "I4x", "i64": "q", "u64": "Q"},
+    "fp32": "f4x",
 }
 OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 

@@ -95,3 +95,4 @@ def test_an_interpreter_without_torch_is_refused_by_name(tmp_path, script):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{python} lacks: torch. Set PYTHON" in done.stderr
+    assert not (tmp_path / "work").exists()

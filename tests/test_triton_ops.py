@@ -36,6 +36,14 @@ def test_token_by_token(shift):
     check(replace(CASE, window=7, shift=shift, chunks=(1,), lengths=(1, 30, 45)))
 
 
+@pytest.mark.parametrize(("storage", "dim"), [("model", 16), ("fp8", 16), ("int4", 64)])
+def test_a_row_of_several_tiles_is_read_by_one_program(storage, dim):
+    """So that weights are added up over tiles, of which later ones may have the largest score."""
+    sizes = {"dim": dim, "layers": 1, "window": 30, "rates": (0.1, 0.2), "lengths": (57, 49)}
+    tuning = replace(SMALL, programs=1)
+    check(replace(CASE, **sizes, storage=storage, tuning=tuning, chunks=(45, 1, 1, 1, 1)))
+
+
 @pytest.mark.parametrize(
     ("dim", "heads", "group", "page"),
     [(64, 1, 1, 8), (80, 2, 3, 16), (128, 3, 4, 8), (32, 2, 8, 32), (16, 5, 7, 8)],

@@ -137,7 +137,8 @@ class Server:
 
 
 class Client:
-    """client.py in a process of its own, without a plugin."""
+    """client.py in a process of its own, without a plugin. A command that does not end in time
+    ends it, or its answer would be the next one's."""
 
     def __init__(self, log: Path) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -146,10 +147,13 @@ class Client:
 
     def run(self, arguments: list[str], log: Path, deadline: float) -> None:
         stdin, stdout = self.process.stdin, self.process.stdout
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise RunError(f"out of time before {log.name}")
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps([arguments, str(log)]), file=stdin, flush=True)
-        left = max(deadline - time.monotonic(), 0)
         if not select.select([stdout], [], [], left)[0]:
+            processes.stop(self.process)
             raise RunError(f"out of time: see {log.name}")
         answer = stdout.readline().strip() or "the client ended"
         if answer != "0":

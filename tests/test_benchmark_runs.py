@@ -3,6 +3,7 @@ fails it."""
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -119,15 +120,27 @@ def test_one_client_answers_for_each_command_and_ends_with_the_run(tmp_path):
     deadline = time.monotonic() + 120
     with pytest.raises(RunError, match=r"SystemExit: 2: see x\.log"):
         client.run(["--no-such-flag"], tmp_path / "x.log", deadline)
-    refused = ["--model", "x", "--max-concurrency", "0"]
+    with pytest.raises(RunError, match=r"out of time before y\.log"):
+        client.run(REFUSED, tmp_path / "y.log", time.monotonic())
+    assert not (tmp_path / "y.log").exists()
     with pytest.raises(RunError, match=r"ValueError: --max-concurrency .*: see y\.log"):
-        client.run(refused, tmp_path / "y.log", deadline)
-    with pytest.raises(RunError, match=r"out of time: see z\.log"):
-        client.run(refused, tmp_path / "z.log", time.monotonic())
+        client.run(REFUSED, tmp_path / "y.log", deadline)
     processes.stop_all()
     assert client.process.poll() is not None
     with pytest.raises(RunError, match=r"the client ended: see z\.log"):
-        client.run(refused, tmp_path / "z.log", deadline)
+        client.run(REFUSED, tmp_path / "z.log", deadline)
+
+
+def test_a_late_answer_is_not_the_next_command_s(tmp_path):
+    client = through_server.Client(tmp_path / "client.log")
+    os.mkfifo(tmp_path / "x.log")  # that nobody reads: the command does not end
+    with pytest.raises(RunError, match=r"out of time: see x\.log"):
+        client.run(REFUSED, tmp_path / "x.log", time.monotonic() + 0.1)
+    with pytest.raises(RunError, match=r"the client ended: see y\.log"):
+        client.run(REFUSED, tmp_path / "y.log", time.monotonic() + 120)
+
+
+REFUSED = ["--model", "x", "--max-concurrency", "0"]
 
 
 def test_arms_together_take_turns_workload_by_workload(tmp_path, monkeypatch):

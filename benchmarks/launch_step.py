@@ -11,7 +11,7 @@ from kernel_arena import BLOCK, GROUP, HEAD_DIM, HEADS, PAGE, SCALE, STORAGE, WI
 from vllm.forward_context import ForwardContext, override_forward_context
 
 from vllm_dms.arena.layout import ArenaLayout
-from vllm_dms.backend.attention import DMSAttention, DMSCompactAttentionImpl, DMSMetadata
+from vllm_dms.backend.attention import DMSAttention, DMSMetadata
 from vllm_dms.backend.kernels.arguments import can_overlap
 from vllm_dms.backend.kernels.schedule import allocate_schedule
 from vllm_dms.backend.kernels.tuning import default_tuning
@@ -65,7 +65,7 @@ class LaunchStep:
         self.projection = Projection(weight, weight, 1e-6, SimpleNamespace(cos_sin_cache=cache))
         self._bind_layers()
         self.ops.warm_up(torch.bfloat16, self.projection)
-        for request, row in zip(requests, range(len(requests)), strict=True):
+        for row, request in enumerate(requests):
             if request.stored:
                 self.prepare([Request(0, request.stored)], row)
                 self.run()
@@ -105,7 +105,6 @@ class LaunchStep:
                 layer_name=f"model.layers.{index}.self_attn.attn",
                 dms_runtime=runtime,
                 kv_cache=kv_cache,
-                impl=DMSCompactAttentionImpl(HEADS * GROUP, HEAD_DIM, SCALE, HEADS),
                 projection=self.projection,
                 num_heads=HEADS * GROUP,
                 num_kv_heads=HEADS,
@@ -153,7 +152,7 @@ class LaunchStep:
 
     def _run_layers(self) -> None:
         for layer in self.layers.values():
-            DMSAttention.of_projection(layer, self.qkv, self.positions, None)
+            DMSAttention.forward_projection(layer, self.qkv, self.positions, None)
 
     def run(self) -> None:
         with self.served() as run_layers:

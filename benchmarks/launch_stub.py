@@ -46,4 +46,4 @@ def install() -> None:
     """For the rest of this process."""
     triton_driver.set_active(NoDriver())
     JITFunction._do_compile = _compile_nothing
-    driver.driver_function = lambda: _do_nothing
+    driver.launch_function = lambda: _do_nothing

@@ -6,6 +6,7 @@ import torch
 from vllm_dms import reference
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.messages import Copy
+from vllm_dms.backend.ops import attend
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.torch_pages import as_bytes, find_pages, locate_slots
 from vllm_dms.config import DMSConfig
@@ -127,21 +128,12 @@ class Harness:
             self.scratch.evict.fill_(0xFF)
             self.scratch.num_survivors.fill_(-(2**30))
             output = self.spread(torch.full_like(query, float("nan")))
-            self.run_layer(batch, layer, query, key, value, alpha, output)
+            attend(self.ops, batch, layer, query, key, value, alpha, output)
         offset = 0
         for _, seq, count in work:
             seq.outputs.append(output[offset : offset + count].clone())
             seq.stored += count
             offset += count
-
-    def run_layer(self, batch, layer, query, key, value, alpha, output):
-        """As `DMSCompactAttentionImpl.attend`."""
-        self.ops.store(batch, layer, key, value, alpha)
-        if batch.max_query_len > 1:
-            self.ops.prefill(batch, layer, query, key, value, output)
-            self.ops.store_window(batch, layer, key, value)
-        if batch.may_decode:
-            self.ops.decode(batch, layer, query, output)
 
     def make_batch(self, work, padding=0):
         """Padding rows have no tokens and resolve to the null state, as in a CUDA graph."""

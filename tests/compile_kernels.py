@@ -32,11 +32,11 @@ from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.arena.storage import STORAGES
 from vllm_dms.backend.kernels.adapter import launch_alpha
 from vllm_dms.backend.kernels.schedule import allocate_schedule
-from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.kernels.tuning import default_tuning
 from vllm_dms.backend.projection import Projection
 from vllm_dms.backend.state import Batch, allocate_scratch, allocate_state
 from vllm_dms.backend.triton_ops import TritonOps
+from vllm_dms.backend.triton_snapshots import TritonSnapshots
 from vllm_dms.config import DMSConfig
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -1,7 +1,7 @@
 """What the CUDA driver is told of a launch by Triton's own launcher and by the plugin's:
 `test_launch` runs this in a process of its own, with a library that only listens for the driver.
 
-Prints one line of JSON: a list of launches, each as the two tell it.
+Prints one line of JSON: launches, each as the two tell it, and the error of one that is refused.
 """
 
 import ctypes
@@ -132,7 +132,12 @@ def main():
         launcher((0, 2), "kind", *others)
         own(0, 2, 1, 0, kernel.function, kernel.packed_metadata, None, None, None, *others,
             *launcher._constants)  # fmt: skip
-    print(json.dumps(list(zip(heard[1::2], heard[::2], strict=True))))
+    launches = list(zip(heard[1::2], heard[::2], strict=True))
+    ctypes.CDLL("libcuda.so.1").refuse()
+    try:
+        plain((5, 2), "kind", *others)
+    except RuntimeError as error:
+        print(json.dumps({"launches": launches, "refused": str(error)}))
 
 
 if __name__ == "__main__":

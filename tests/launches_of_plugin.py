@@ -22,7 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_dms.backend.kernels.launch import Launcher, tensor_at
-from vllm_dms.backend.kernels.snapshots import TritonSnapshots
+from vllm_dms.backend.triton_snapshots import TritonSnapshots
 
 
 class Kernel:
@@ -35,7 +35,7 @@ class Kernel:
         self.src, self.function = src, Kernel.count
         scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
         scratch |= {"global_scratch_align": 1, "profile_scratch_align": 1}
-        shared = 1024 * Kernel.count
+        shared = 16 * Kernel.count
         self.metadata = SimpleNamespace(**{**options.__dict__, **scratch, "shared": shared})
         self.packed_metadata = options.num_warps, options.num_ctas, shared
         self.run = CudaLauncher(src, self.metadata)

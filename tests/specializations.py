@@ -22,9 +22,9 @@ from triton.runtime.jit import JITFunction
 from vllm_dms.arena.messages import Copy
 from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.kernels import driver as dms_driver
-from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.projection import rotated_width
 from vllm_dms.backend.state import Batch
+from vllm_dms.backend.triton_snapshots import TritonSnapshots
 
 GROUP, HEAD_DIM, HEADS = 4, 128, 2
 
@@ -93,7 +93,7 @@ def main(storage, *flash):
         )  # fmt: skip
         return compiled
 
-    dms_driver.driver_function = lambda: lambda *args: 0
+    dms_driver.launch_function = lambda: lambda *args: 0
     driver.set_active(NoGPU(90))
     JITFunction._do_compile = compile_nothing
     ops, dtype = make_ops(storage, HEAD_DIM, GROUP, True, 64, 2048, no_flash if flash else None)

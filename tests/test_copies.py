@@ -10,9 +10,9 @@ from arena_harness import copy_of
 from kernel_cases import DEVICE, Case, watch_launches
 
 from vllm_dms.backend.copies import pack
-from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.snapshots import TorchSnapshots
 from vllm_dms.backend.state import ArenaState, allocate_state
+from vllm_dms.backend.triton_snapshots import TritonSnapshots
 from vllm_dms.backend.updates import NULL_STEP, apply_message
 
 NUM_BLOCKS, NUM_STATES = 40, 9

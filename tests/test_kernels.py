@@ -24,6 +24,7 @@ from kernel_cases import (
 from vllm_dms import reference
 from vllm_dms.backend.kernels.common import round_mantissa
 from vllm_dms.backend.kernels.schedule import allocate_schedule
+from vllm_dms.backend.ops import attend
 
 NOT_FINITE = (float("nan"), float("inf"))
 
@@ -113,7 +114,7 @@ def test_the_null_state_is_read_but_never_written():
     harness.ops.begin_step(batch)
     for layer in range(2):
         output = torch.full_like(q, float("nan"))
-        harness.run_layer(batch, layer, q, k, v, alpha, output)
+        attend(harness.ops, batch, layer, q, k, v, alpha, output)
         assert output.isfinite().all()
     assert_null_state_untouched(harness)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from kernel_cases import Case, assert_as_good_as_plain, assert_same_state, check, null_batch
 
+from vllm_dms.backend.ops import attend
+
 pytestmark = pytest.mark.gpu
 
 SERVED = Case(
@@ -38,7 +40,7 @@ def test_a_captured_step_replays_for_other_requests():
     def step():
         harness.ops.begin_step(batch)
         for layer in range(2):
-            harness.run_layer(batch, layer, *inputs, output)
+            attend(harness.ops, batch, layer, *inputs, output)
 
     step()
     torch.cuda.synchronize()

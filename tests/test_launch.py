@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,20 @@ import triton
 from test_compile import KERNELS
 
 from vllm_dms.backend.kernels import launch
-from vllm_dms.backend.kernels.driver import is_known
+from vllm_dms.backend.kernels.driver import launches_as_compared
 
 # Of the driver, what launchers call.
 LIBRARY = """
 #include <stdint.h>
 static void (*told)(const void *, void *, void **);
 void listen(void (*listener)(const void *, void *, void **)) { told = listener; }
+static int answer = 0;
+void refuse(void) { answer = 700; }
 int cuLaunchKernelEx(const void *config, void *function, void **cells, void **extra) {
   told(config, function, cells);
-  return 0;
+  return answer;
 }
+int cuGetErrorName(int number, const char **name) { *name = "CUDA_ERROR_OF_TEST"; return 0; }
 int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
 int cuPointerGetAttribute(uint64_t *out, int which, uint64_t pointer) { *out = pointer; return 0; }
 """
@@ -57,18 +61,21 @@ def run_script(tmp_path):
 
 @needs_compiler
 def test_the_driver_is_told_what_triton_tells_it(run_script):
-    launches = run_script("launch_by_driver.py")
+    found = run_script("launch_by_driver.py")
+    launches = found["launches"]
     assert len(launches) == 6
     for by_triton, by_plugin in launches:
         assert by_plugin == by_triton
     (about, attributes, values), _ = launches[0]
     assert about[:6] == [5, 2, 1, 256, 1, 1] and attributes == [[6, 1]] and len(values) == 13
     assert launches[2][0][0][7] == 0x1234567890 and launches[3][0][1] == []
+    refused = r"launch plain_kernel with the grid \(5, 2\): CUDA_ERROR_OF_TEST \(700\)"
+    assert re.search(refused, found["refused"])
 
 
 @needs_compiler
 @pytest.mark.parametrize("how", [["bfloat16"], ["int4", "flash"]], ids=" ".join)
-def test_so_is_it_of_each_kernel_in_batches_of_all_kinds(run_script, how):
+def test_each_kernel_is_launched_as_triton_would_in_batches_of_all_kinds(run_script, how):
     """The same kernel with the same arguments, whatever came first."""
     found = run_script("launches_of_plugin.py", *how)
     assert found["differ"] == []
@@ -79,7 +86,7 @@ def test_so_is_it_of_each_kernel_in_batches_of_all_kinds(run_script, how):
 
 
 @pytest.mark.parametrize(
-    ("version", "known"), [("3.6.0", True), ("3.7.1+git", True), ("3.60.0", False), ("4.0", False)]
+    ("version", "known"), [("3.6.0", True), ("3.8.0+git", True), ("3.60.0", False), ("4.0", False)]
 )
 def test_a_triton_that_was_not_compared_launches_itself_and_is_named(
     version, known, monkeypatch, caplog
@@ -97,7 +104,7 @@ def test_a_triton_that_was_not_compared_launches_itself_and_is_named(
         def __call__(self, grid, arguments):
             by_driver.append((grid, arguments))
 
-    is_known.cache_clear()
+    launches_as_compared.cache_clear()
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(launch, "DriverLaunch", ByDriver)
     x = torch.zeros(4)
@@ -111,4 +118,4 @@ def test_a_triton_that_was_not_compared_launches_itself_and_is_named(
         assert tensor.data_ptr() == x.data_ptr() and tensor.dtype == x.dtype
         assert (grid, number, constant, options) == ((1, 2), expected, 7, {"num_warps": 2})
     assert [version in record.message for record in caplog.records] == ([] if known else [True])
-    is_known.cache_clear()
+    launches_as_compared.cache_clear()

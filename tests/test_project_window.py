@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from arena_harness import assert_taken_from_own_blocks, gather_row
-from kernel_cases import DEVICE, SMALL, Case, assert_null_state_untouched
+from kernel_cases import DEVICE, SMALL, Case, assert_null_state_untouched, watch_launches
 from test_projection import ADAPTER, BORROWED, FASTDMS, make_projection
 
 from vllm_dms.backend.projection import rotated_width
@@ -47,15 +47,18 @@ def run(case, config, projection, in_window):
                 harness.rows[i] = harness.rows[i].roll(int(i in begun))
                 harness.start(i)
                 begun.add(i)
-        batch = make_batch(harness, step)
+        nobodys = 2 if step is STEPS[0] else 0
+        batch = make_batch(harness, step, nobodys)
         tokens, heads = batch.num_tokens, case.heads
         qkv = randn(tokens, heads * (case.group + 2) * case.dim)
         alpha = randn(tokens, heads) if config.adapter else None
-        positions = torch.cat([torch.arange(n, n + m) for _, n, m in step]).to(DEVICE)
+        positions = [torch.arange(n, n + m) for _, n, m in [*step, (None, 0, nobodys)]]
+        positions = torch.cat(positions).to(DEVICE)
         harness.scratch.evict.fill_(0xFF)
         harness.scratch.num_survivors.fill_(-(2**30))
         ops.begin_step(batch)
-        own = torch.tensor([i is not None for i, _, m in step for _ in range(m)])
+        own = [i is not None for i, _, m in step for _ in range(m)]
+        own = torch.tensor([*own, *[False] * nobodys])
         for layer in range(case.layers):
             rotated = torch.full(
                 (tokens, rotated_width(heads, case.group, case.dim)), float("nan"), **kind
@@ -67,14 +70,15 @@ def run(case, config, projection, in_window):
     return harness, outputs
 
 
-def make_batch(harness, step):
+def make_batch(harness, step, nobodys):
+    """``nobodys``: tokens that are of no request"""
     work = [(0 if i is None else int(harness.rows[i, 0]), n, m) for i, n, m in step]
     blocks, _, counts = zip(*work, strict=True)
     chunks = [i for i, m in enumerate(counts) if m > 1]
     int32 = {"dtype": torch.int32, "device": DEVICE}
     return Batch(
         num_reqs=len(work),
-        num_tokens=sum(counts),
+        num_tokens=sum(counts) + nobodys,
         max_query_len=max(counts),
         block_table=torch.tensor(blocks, **int32).unsqueeze(1),
         query_start=torch.tensor([0, *counts]).cumsum(0).to(**int32),
@@ -94,10 +98,15 @@ def make_batch(harness, step):
     ],
     ids=("borrowed, three heads", "fastdms, fp8", "adapter, int4"),
 )
-def test_beside_rows_of_no_tokens_and_of_no_request(config, shape):
+def test_a_chunk_stored_as_it_is_projected_equals_a_planned_one(config, shape, monkeypatch):
     case = Case(window=RING - 1, lengths=(24,) * 3, tuning=replace(SMALL, programs=8), **shape)
     config, projection = replace(config, window=RING - 1), make_projection(case)
-    (found, outputs), (planned, expected) = (run(case, config, projection, w) for w in (1, 0))
+    names = watch_launches(monkeypatch)
+    found, outputs = run(case, config, projection, in_window=True)
+    assert names.count("project_window") >= 2 * case.layers
+    names.clear()
+    planned, expected = run(case, config, projection, in_window=False)
+    assert "project_window" not in names
     for out, other in zip(outputs, expected, strict=True):
         assert torch.equal(out, other) and out.isfinite().all()
     a, b = found.state, planned.state

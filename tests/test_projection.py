@@ -89,6 +89,8 @@ class Fed:
 )
 def test_kernels_equal_the_plain_operations(config, chunks, shape):
     case = replace(CASE, chunks=chunks, **shape)
+    if chunks == (1,):  # of many steps a few beyond the window
+        case = replace(case, lengths=tuple(n // 2 + 1 for n in case.lengths))
     assert_equal(case, config, make_projection(case))
 
 

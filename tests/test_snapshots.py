@@ -11,9 +11,9 @@ from kernel_cases import DEVICE, Case, assert_as_good_as_plain, equal, make_kern
 
 from vllm_dms.arena.layout import ArenaLayout
 from vllm_dms.arena.storage import ModelStorage
-from vllm_dms.backend.kernels.snapshots import TritonSnapshots
 from vllm_dms.backend.snapshots import TorchSnapshots
 from vllm_dms.backend.torch_ops import TorchOps
+from vllm_dms.backend.triton_snapshots import TritonSnapshots
 
 CASE = Case(lengths=(70, 70, 70), window=8)
 IMPLEMENTATIONS = {"torch": TorchSnapshots, "triton": TritonSnapshots}
@@ -111,10 +111,11 @@ def check_forks(case: Case, kind: str, at: int, in_place=False, move=False):
         assert_as_good_as_plain(case, sequence, other)
 
 
-def check_again(case: Case, kind: str, at: int, chunks=(7, 1, 1), move=False):
+def check_again(case: Case, kind: str, at: int, chunks=(7, 1, 1), move=False, beyond=5):
     """A request goes on from a state of ``at`` tokens, of which it stores the last once more,
-    beside the one that left it: nothing is different, then and later."""
-    lengths = (at + case.window + 6,) * 3
+    beside the one that left it: nothing is different, then and later, until ``beyond`` tokens after
+    the last of the kept ones left the window."""
+    lengths = (at + case.window + 1 + beyond,) * 3
     case = replace(case, lengths=lengths, rounded=case.storage != "model")
     make_ops = partial(make_kernels, group=case.group) if kind == "triton" else TorchOps
     keeper, (first, *_) = Keeper(case, kind, make_ops), case.sequences()
@@ -234,15 +235,20 @@ AGAIN = [
 @pytest.mark.parametrize("case", AGAIN, ids=str)
 def test_the_last_token_of_a_state_may_be_stored_once_more(case):
     case = replace(CASE, **case)
-    for at in range(1, 60):
+    for at in (*range(1, 20), *range(23, 60, 5)):
         if case.layout().can_rewind(at):
             check_again(case, "torch", at, (7, 1, 1) if at % 2 else (70,), move=at % 3 == 0)
 
 
-@pytest.mark.parametrize("at", [8, 17, 50])  # of a ring of 9 slots, in pages of 8
+@pytest.mark.parametrize("at", [8, 17])  # of a ring of 9 slots, in pages of 8
 @pytest.mark.parametrize("case", AGAIN[:-2], ids=str)
 def test_the_last_token_of_a_state_may_be_stored_once_more_by_kernels(case, at):
-    check_again(replace(CASE, **case), "triton", at, (at,), move=at == 17)
+    case = replace(CASE, **case, layers=2 if "heads" in case else 1)
+    check_again(case, "triton", at, (at,), move=at == 17, beyond=2)
+
+
+def test_the_last_token_of_a_long_state_may_be_stored_once_more_by_kernels():
+    check_again(replace(CASE, leaf=2, rates=(0.0, 0.3)), "triton", 50, (50,), beyond=2)
 
 
 def test_a_token_that_opened_a_page_in_a_growing_ring_is_not_stored_once_more():

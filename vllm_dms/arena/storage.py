@@ -176,7 +176,7 @@ class Int4Storage(Storage):
     CENTER_BITS: ClassVar[int] = 6
     MAX_CENTER: ClassVar[int] = 31  # in quarters of a step
     MAX_KEY_SCALE: ClassVar[float] = 65504.0
-    MAX_VALUE_SCALE: ClassVar[float] = 512.0  # so that float16 holds whatever V can be
+    MAX_VALUE_SCALE: ClassVar[float] = 512.0  # decode adds scale * (center - 71.5), in float16
 
     @classmethod
     def for_model(cls, dtype: torch.dtype) -> "Storage":

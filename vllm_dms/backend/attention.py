@@ -160,7 +160,7 @@ class DMSAttention(Attention):
         layers = vllm_config.compilation_config.static_forward_context
         first = next((layer for layer in layers.values() if isinstance(layer, DMSAttention)), None)
         super().__init__(*args, prefix=prefix, attn_backend=DMSCompactAttentionBackend, **kwargs)
-        self.projection: Projection | None = None  # set where `of_projection` is called
+        self.projection: Projection | None = None  # set where `forward_projection` is called
         self.layer_index = sum(isinstance(layer, DMSAttention) for layer in layers.values()) - 1
         if first is None:
             check_hooks()
@@ -194,12 +194,18 @@ class DMSAttention(Attention):
         )
         return output
 
-    def project_by(self, projection: Projection) -> None:
-        """Before `of_projection`."""
-        self.projection = projection
-        self.dms_runtime.projection = self.dms_runtime.projection or projection
+    def set_projection(self, projection: Projection) -> None:
+        """The layer's norms and RoPE, once, before the first `forward_projection`."""
+        first = self.dms_runtime.projection or projection
+        if projection.eps != first.eps:
+            raise ValueError(
+                f"{self.layer_name} norms queries and keys with an epsilon of {projection.eps} and "
+                f"the first layer with {first.eps}, but DMS has one for all layers. Serve this "
+                "model with --kv-cache-dtype auto."
+            )
+        self.projection, self.dms_runtime.projection = projection, first
 
-    def of_projection(
+    def forward_projection(
         self, qkv: torch.Tensor, positions: torch.Tensor, alpha: torch.Tensor | None
     ) -> torch.Tensor:
         """``qkv`` [T, (H * G + 2 * H) * D], still to be normed and rotated; ``alpha`` None:

@@ -12,23 +12,25 @@ import numpy as np
 
 from vllm_dms.arena.messages import Copy
 
-COLUMNS = 4  # of a copy, before its record
+HEADER = 4  # columns of a copy, before its record
 
 
 class PackedCopies(NamedTuple):
     """n restores or n saves, of T blocks together."""
 
     # int32: source [T], target [T] and which copy they are of [T]; then, of each copy,
-    # [n, COLUMNS + record_blocks]: its first block, how many it has, state index, again, record
+    # [n, HEADER + record_blocks]: its first block, how many it has, state index, again, record
     lists: np.ndarray
     first: list[int]  # [n + 1]: the first block of each copy, and T
     runs: list[tuple[int, int]]  # of copies, half-open
 
 
 class Accesses(NamedTuple):
-    """Things [k], and the copies [k] that read or write them."""
+    """Resources [k], and the copies [k] that read or write them. Resources are numbered, with B
+    blocks in the arena: blocks [0, B), their entries in ``places`` of the copying kernels [B, 2 B),
+    states from 2 B on."""
 
-    things: np.ndarray
+    resources: np.ndarray
     copies: np.ndarray
 
 
@@ -40,11 +42,11 @@ def pack(copies: Sequence[Copy], num_blocks: int, saves: bool) -> PackedCopies:
     first = np.zeros(n + 1, dtype=np.intp)
     counts.cumsum(out=first[1:])
     copy_of = np.arange(n).repeat(counts)
-    columns = np.empty((n, COLUMNS + len(record) // n), dtype=np.int32)
+    columns = np.empty((n, HEADER + len(record) // n), dtype=np.int32)
     columns[:, 0], columns[:, 1] = first[:-1], counts
     columns[:, 2] = [copy.state for copy in copies]
     columns[:, 3] = [copy.again for copy in copies]
-    columns[:, COLUMNS:] = record.reshape(n, -1)
+    columns[:, HEADER:] = record.reshape(n, -1)
     lists = np.concatenate((source, target, copy_of.astype(np.int32), columns.ravel()))
     place = np.arange(len(source)) - first[:-1].repeat(counts)
     source, target = source.astype(np.intp), target.astype(np.intp)
@@ -61,9 +63,9 @@ def find_accesses(
     num_blocks: int,
     saves: bool,
 ) -> tuple[list[Accesses], list[Accesses]]:
-    """What is read and what is written: blocks, from ``num_blocks`` on the places that are noted
-    of blocks, and then states. What is kept where it is, is neither."""
-    copies, record = np.arange(len(columns)), columns[:, COLUMNS:]
+    """What is read and what is written. A block that stays where it is, is neither; an entry in
+    ``places`` is written by copies only that disagree on it."""
+    copies, record = np.arange(len(columns)), columns[:, HEADER:]
     records = Accesses(record.ravel(), copies.repeat(record.shape[1]))
     moves = source != target
     mover = copy_of[moves]
@@ -85,12 +87,12 @@ def find_runs(
     reads: list[Accesses], writes: list[Accesses], num_copies: int
 ) -> list[tuple[int, int]]:
     """The fewest runs of so many copies, in their order."""
-    size = 1 + max(part.things.max(initial=0) for part in (*reads, *writes))
+    size = 1 + max(part.resources.max(initial=0) for part in (*reads, *writes))
     written = np.zeros(size, dtype=bool)
     for part in writes:
-        written[part.things] = True
-    once = np.count_nonzero(written) == sum(len(part.things) for part in writes)
-    if once and not any(written[part.things].any() for part in reads):
+        written[part.resources] = True
+    once = np.count_nonzero(written) == sum(len(part.resources) for part in writes)
+    if once and not any(written[part.resources].any() for part in reads):
         return [(0, num_copies)]
     last_read, last_written = np.full((2, size), -1)  # by which copy
     starts = [0]
@@ -104,7 +106,7 @@ def find_runs(
 
 
 def by_copy(accesses: list[Accesses], num_copies: int) -> list[np.ndarray]:
-    """The things of each copy."""
-    things, copies = map(np.concatenate, zip(*accesses, strict=True))
+    """The resources of each copy."""
+    resources, copies = map(np.concatenate, zip(*accesses, strict=True))
     order = copies.argsort(kind="stable")
-    return np.split(things[order], np.searchsorted(copies[order], np.arange(1, num_copies)))
+    return np.split(resources[order], np.searchsorted(copies[order], np.arange(1, num_copies)))

@@ -33,9 +33,9 @@ from vllm_dms.backend.state import ArenaState, Batch
 
 
 class Ops(Protocol):
-    """Nothing here synchronizes with the host or allocates after start-up on CUDA, so a CUDA graph
-    can hold all of it: `begin_step` as well, which is why the first layer calls it and not what
-    prepares the step outside the graph."""
+    """Nothing here synchronizes with the host or allocates after start-up on CUDA (FlashAttention
+    does, in steps that no graph holds), so a CUDA graph can hold all of it: `begin_step` as well,
+    which is why the first layer calls it and not what prepares the step outside the graph."""
 
     def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
         """Whatever the first call of an operation would wait for; ``dtype``: the model's. The null

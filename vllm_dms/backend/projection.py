@@ -23,7 +23,7 @@ class Projection(NamedTuple):
     rotary: Any  # vLLM's module: `cos_sin_cache` [positions, D] has half a row of each
 
 
-class Attended(NamedTuple):
+class AttentionInputs(NamedTuple):
     """Views of a fused projection and of the buffer for what is rotated, [T, `rotated_width`]."""
 
     query: torch.Tensor  # [T, H * G, D]
@@ -32,19 +32,28 @@ class Attended(NamedTuple):
     alpha: torch.Tensor  # [T, H]
 
 
+def offsets(heads: int, group: int, dim: int) -> tuple[int, int]:
+    """Elements of a row before its keys, and before what comes after them: V where it is projected,
+    alpha where it is rotated."""
+    return heads * group * dim, heads * (group + 1) * dim
+
+
 def rotated_width(heads: int, group: int, dim: int) -> int:
-    return heads * (group + 1) * dim + -(-heads // ALIGNMENT) * ALIGNMENT
+    """Elements of a row of queries, keys, and alpha, padded to `ALIGNMENT`."""
+    return offsets(heads, group, dim)[1] + -(-heads // ALIGNMENT) * ALIGNMENT
 
 
-def views(qkv: torch.Tensor, rotated: torch.Tensor, heads: int, group: int, dim: int) -> Attended:
+def views(
+    qkv: torch.Tensor, rotated: torch.Tensor, heads: int, group: int, dim: int
+) -> AttentionInputs:
     tokens, width = rotated.shape
-    queries, keys = heads * group * dim, heads * dim
+    keys, after = offsets(heads, group, dim)
     # One call each, and hundreds of them in a step that no graph holds.
-    return Attended(
+    return AttentionInputs(
         rotated.as_strided((tokens, heads * group, dim), (width, dim, 1)),
-        rotated.as_strided((tokens, heads, dim), (width, dim, 1), queries),
-        qkv.as_strided((tokens, heads, dim), (qkv.stride(0), dim, 1), queries + keys),
-        rotated.as_strided((tokens, heads), (width, 1), queries + keys),
+        rotated.as_strided((tokens, heads, dim), (width, dim, 1), keys),
+        qkv.as_strided((tokens, heads, dim), (qkv.stride(0), dim, 1), after),
+        rotated.as_strided((tokens, heads), (width, 1), after),
     )
 
 
@@ -67,7 +76,7 @@ def project(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     alpha: torch.Tensor | None,
-    out: Attended,
+    out: AttentionInputs,
 ) -> None:
     """``qkv`` [T, (H * G + 2 * H) * D]; ``alpha`` [T, H], None: borrowed from the queries."""
     heads, dim = out.key.shape[1:]

@@ -175,7 +175,7 @@ class Runtime:
 def make_snapshots(state: ArenaState, ops: str) -> Snapshots:
     if ops == "torch":
         return TorchSnapshots(state)
-    from vllm_dms.backend.kernels.snapshots import TritonSnapshots
+    from vllm_dms.backend.triton_snapshots import TritonSnapshots
 
     snapshots = TritonSnapshots(state)
     snapshots.warm_up()

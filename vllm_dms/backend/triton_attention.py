@@ -10,7 +10,7 @@ from vllm_dms.arena.report import REPORT_WIDTH
 from vllm_dms.backend.flash import Flash
 from vllm_dms.backend.kernels.arguments import check
 from vllm_dms.backend.kernels.decode import decode_kernel
-from vllm_dms.backend.kernels.launch import Launcher, kind_of
+from vllm_dms.backend.kernels.launch import Launcher, Rows
 from vllm_dms.backend.kernels.merge import merge_kernel
 from vllm_dms.backend.kernels.prefill import prefill_kernel
 from vllm_dms.backend.kernels.prefill_stored import prefill_stored_kernel
@@ -18,7 +18,7 @@ from vllm_dms.backend.kernels.report import report_launcher
 from vllm_dms.backend.kernels.schedule import Schedule, schedule_kernel
 from vllm_dms.backend.kernels.tuning import Tuning
 from vllm_dms.backend.state import ArenaState, Batch, Scratch
-from vllm_dms.backend.triton_store import Rows, TritonStore
+from vllm_dms.backend.triton_store import TritonStore
 from vllm_dms.config import DMSConfig
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -92,10 +92,10 @@ class TritonAttention(TritonStore):
                 num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
                 maxnreg=tuning.decode_registers, **options,
             )  # fmt: skip
-        for parts in merge_sizes(tuning):
-            self._merge[parts] = Launcher(
-                merge_kernel, schedule, geo, self.group, parts, overlap,
-                num_warps=max(parts // 16, 1), **options,
+        for most in merge_sizes(tuning):
+            self._merge[most] = Launcher(
+                merge_kernel, schedule, geo, self.group, most, overlap,
+                num_warps=max(most // 16, 1), **options,
             )  # fmt: skip
 
     def begin_step(self, batch: Batch) -> None:
@@ -131,8 +131,8 @@ class TritonAttention(TritonStore):
         self._check_step(batch)
         if self._flash is None:
             k, v = self._rows("key", key, self.heads), self._rows("value", value, self.heads)
-            attended, out = self._query_and_output(query, output)
-            self._launch_prefill(batch, layer, attended, k, v, out)
+            q, out = self._query_and_output(query, output)
+            self._launch_prefill(batch, layer, q, k, v, out)
             return
         # A graph's padding holds anything: of what lies in a tile a weight of 0 makes NaN of NaN.
         if key.shape[0] > batch.num_tokens:
@@ -141,25 +141,23 @@ class TritonAttention(TritonStore):
             query, key, value, self._chunk_starts, batch.max_query_len, self._flash_window, output
         )
         if self._reads_stored:
-            (_, q, q_stride), (_, o, o_stride) = self._query_and_output(query, output)
+            q, o = self._query_and_output(query, output)
             rows, launch = self._prefill_stored[query.element_size()]
             launch.at(
-                self._flat_grid(batch, rows // self.group), (q_stride, o_stride, q % 16, o % 16),
-                (query, output, lse), q, o, lse.data_ptr(), q_stride, o_stride, lse.stride(0),
+                self._flat_grid(batch, rows // self.group), (q.kind, o.kind), (query, output, lse),
+                q.address, o.address, lse.data_ptr(), q.stride, o.stride, lse.stride(0),
                 batch.num_reqs, layer,
             )  # fmt: skip
 
     def _launch_prefill(
         self, batch: Batch, layer: int, query: Rows, key: Rows, value: Rows, output: Rows
     ) -> None:
-        (near_q, q, q_stride), (near_k, k, k_stride) = query, key
-        (near_v, v, v_stride), (near_o, o, o_stride) = value, output
-        strides = (q_stride, k_stride, v_stride, o_stride)
-        rows, launch = self._prefill[near_q.element_size()]
+        rows, launch = self._prefill[query.near.element_size()]
+        near, *numbers, kind = zip(query, key, value, output, strict=True)
+        addresses, strides = numbers
         launch.at(
-            self._flat_grid(batch, rows // self.group),
-            (strides, q % 16, k % 16, v % 16, o % 16),
-            (near_q, near_k, near_v, near_o), q, k, v, o, *strides, batch.num_reqs, layer,
+            self._flat_grid(batch, rows // self.group), kind, near, *addresses, *strides,
+            batch.num_reqs, layer,
         )  # fmt: skip
 
     def decode(self, batch: Batch, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -167,16 +165,16 @@ class TritonAttention(TritonStore):
         self._launch_decode(layer, *self._query_and_output(query, output))
 
     def _launch_decode(self, layer: int, query: Rows, output: Rows) -> None:
-        (near_q, q, q_stride), (near_o, o, o_stride) = query, output
         programs, merges = self.schedule.PROGRAMS, self._decode_merges
         self._decode[merges].at(
-            (programs, 1), (q_stride, o_stride, q % 16, o % 16), (near_q, near_o), q, o,
-            q_stride, o_stride, layer,
+            (programs, 1), (query.kind, output.kind), (query.near, output.near), query.address,
+            output.address, query.stride, output.stride, layer,
         )  # fmt: skip
         if not merges:
             self._merge_of_batch.at(
-                (programs, self.group), (o_stride, o % 16), (near_o,), o, o_stride, layer
-            )
+                (programs, self.group), output.kind, (output.near,), output.address, output.stride,
+                layer,
+            )  # fmt: skip
 
     def _query_and_output(self, query: torch.Tensor, output: torch.Tensor) -> tuple[Rows, Rows]:
         num_heads = self.heads * self.group
@@ -186,4 +184,4 @@ class TritonAttention(TritonStore):
         if out.shape != (self.state.num_states, REPORT_WIDTH) or not out.is_contiguous():
             check("shape of the report", out.shape, (self.state.num_states, REPORT_WIDTH))
             check("strides of the report", out.stride(), (REPORT_WIDTH, 1))
-        self._report((self.state.num_states, 1), kind_of(out), out)
+        self._report((self.state.num_states, 1), out.data_ptr() % 16 == 0, out)

@@ -1,7 +1,7 @@
 """The operations on the arena as Triton kernels: checks, grids, arguments.
 
-Nothing is allocated or read back per call, and grids depend only on the batch's host-side numbers,
-so every operation can be captured in a CUDA graph.
+Nothing is read back or, but for FlashAttention's log-sum-exp, allocated per call, and grids depend
+only on the batch's host-side numbers, so every operation can be captured in a CUDA graph.
 """
 
 import itertools
@@ -10,13 +10,12 @@ import torch
 import triton
 
 from vllm_dms.backend.kernels.arguments import check
-from vllm_dms.backend.kernels.launch import Launcher
+from vllm_dms.backend.kernels.launch import Launcher, Rows, rows_at
 from vllm_dms.backend.kernels.project import project_kernel, project_token_kernel
 from vllm_dms.backend.kernels.project_window import project_window_kernel
-from vllm_dms.backend.projection import Projection, rotated_width, views
+from vllm_dms.backend.projection import Projection, offsets, rotated_width, views
 from vllm_dms.backend.state import Batch
 from vllm_dms.backend.triton_attention import TritonAttention
-from vllm_dms.backend.triton_store import Rows
 
 QUERY_HEADS = 16  # that a program rotates
 
@@ -35,7 +34,7 @@ class TritonOps(TritonAttention):
         zero = (config.zero != "never", config.zero == "both")
         how = (geo, eps, self.group, heads, *zero, config.alpha_per == "layer", pad)
         rule = (config.alpha_scale, config.alpha_offset, *how, config.shift, config.evict, overlap)
-        survivors, options = self.scratch.num_survivors, self._store_options(overlap)
+        survivors, options = self.scratch.num_survivors, self._store_options
         self._parts = 1 + triton.cdiv(num_heads, heads)
         return {
             "token": Launcher(project_token_kernel, *self._bound, *rule, **options),
@@ -56,23 +55,24 @@ class TritonOps(TritonAttention):
     ) -> None:
         self._check_step(batch)
         source, target, sink = self._check_projection(qkv, positions, rotated, output)
-        x, r, size = qkv.data_ptr(), rotated.data_ptr(), self.head_dim * qkv.element_size()
-        heads, queries = self.heads, self.heads * self.group
+        x, r, size = qkv.data_ptr(), rotated.data_ptr(), qkv.element_size()
+        keys, after = offsets(self.heads, self.group, self.head_dim)
         # Where `projection.views` has them: to make these tensors costs as much as the launches.
-        query, key = (rotated, r, target), (rotated, r + queries * size, target)
-        value, out = (qkv, x + (queries + heads) * size, source), (output, output.data_ptr(), sink)
+        query, key = rows_at(rotated, r, target), rows_at(rotated, r + keys * size, target)
+        value = rows_at(qkv, x + after * size, source)
+        out = rows_at(output, output.data_ptr(), sink)
 
         if batch.max_query_len == 1:
             self._launch_project("token", batch, projection, qkv, positions, alpha, rotated, layer)
         elif self._in_window:
             how = (batch.num_reqs, layer)
             self._launch_project("window", batch, projection, qkv, positions, alpha, rotated, *how)
-            self._attend_chunks(batch, layer, query, key, value, out)
+            self._attend_chunks(batch, layer, qkv, rotated, output, (query, key, value, out))
         else:
             self._launch_project("chunk", batch, projection, qkv, positions, alpha, rotated)
-            decision = (rotated, r + (queries + heads) * size, target, 1)
-            self._launch_store(batch, layer, key, value, decision)
-            self._attend_chunks(batch, layer, query, key, value, out)
+            decision = rows_at(rotated, r + after * size, target)
+            self._launch_store(batch, layer, key, value, decision, of_head=1)
+            self._attend_chunks(batch, layer, qkv, rotated, output, (query, key, value, out))
             self._launch_window(batch, layer, key, value)
         if batch.may_decode:
             self._launch_decode(layer, query, out)
@@ -86,10 +86,16 @@ class TritonOps(TritonAttention):
     ) -> tuple[int, int, int]:
         """The distances of rows of qkv, rotated and output."""
         (source, a), (target, b), (sink, c) = qkv.stride(), rotated.stride(), output.stride()
+        # Quick, as it is asked hundreds of times a step.
         if (a, b, c) != (1, 1, 1):
             check("strides in a row of the projection, rotated and output", (a, b, c), (1, 1, 1))
         if positions.shape[0] != qkv.shape[0]:
             check("positions of the projection's tokens", positions.shape[0], qkv.shape[0])
+        if positions.dtype != torch.int64:
+            check("dtype of the positions", positions.dtype, torch.int64)
+        for x in (qkv, positions, rotated, output):
+            if x.device != self.device:
+                check("device of a projection's tensors", x.device, self.device)
         return source, target, sink
 
     def _launch_project(
@@ -113,21 +119,28 @@ class TritonOps(TritonAttention):
         given = (0, 0) if alpha is None else alpha.stride()
         source, target = qkv.stride(0), rotated.stride(0)
         rows = batch.num_reqs if name == "token" else batch.num_tokens
+        aligned = (x % 16 == 0, c % 16 == 0, r % 16 == 0)
         lacks = tuple(y is None for y in may_lack)
         self._project[name].at(
-            (rows, self._parts), (source, target, x % 16, c % 16, r % 16, lacks), near,
+            (rows, self._parts), (source, target, aligned, lacks, cos_sin.dtype), near,
             x, positions.data_ptr(), *may_lack, c, r, source, *given, target, *numbers,
         )  # fmt: skip
 
     def _attend_chunks(
-        self, batch: Batch, layer: int, query: Rows, key: Rows, value: Rows, output: Rows
+        self,
+        batch: Batch,
+        layer: int,
+        qkv: torch.Tensor,
+        rotated: torch.Tensor,
+        output: torch.Tensor,
+        rows: tuple[Rows, Rows, Rows, Rows],
     ) -> None:
+        """``rows``: of query, key, value and output in those"""
         if self._flash is None:
-            self._launch_prefill(batch, layer, query, key, value, output)
+            self._launch_prefill(batch, layer, *rows)
             return
-        qkv, rotated = value[0], query[0]
         q, k, v, _ = views(qkv, rotated, self.heads, self.group, self.head_dim)
-        self.prefill(batch, layer, q, k, v, output[0].view(q.shape))
+        self.prefill(batch, layer, q, k, v, output.view(q.shape))
 
     def warm_up(self, dtype: torch.dtype, projection: Projection | None) -> None:
         """Launch each kernel, for one layer of batches of one request of the null state."""
@@ -151,12 +164,12 @@ class TritonOps(TritonAttention):
         rotated = torch.zeros(tokens, rotated_width(*shape), **kind)
         query, key, value, alpha = views(qkv, rotated, *shape)
         output = torch.zeros(tokens, self.heads * self.group * self.head_dim, **kind)
-        attended = output.view(query.shape)
+        output_heads = output.view(query.shape)
         self.begin_step(batch)
         if projection is None:
             self.store(batch, 0, key, value, alpha)
             if tokens > 1:
-                self.prefill(batch, 0, query, key, value, attended)
+                self.prefill(batch, 0, query, key, value, output_heads)
                 self.store_window(batch, 0, key, value)
         else:
             given = alpha if self._config.adapter else None
@@ -165,4 +178,4 @@ class TritonOps(TritonAttention):
             self.attend_projection(batch, 0, *how)
         for merges, merge in itertools.product(self._decode, self._merge.values()):
             self._decode_merges, self._merge_of_batch = merges, merge  # whatever the batch's
-            self.decode(batch, 0, query, attended)
+            self.decode(batch, 0, query, output_heads)

@@ -11,7 +11,7 @@ from vllm_dms.backend.kernels.arguments import (
     make_state_args,
 )
 from vllm_dms.backend.kernels.common import Geometry
-from vllm_dms.backend.kernels.launch import Launcher
+from vllm_dms.backend.kernels.launch import Launcher, Rows, rows_at
 from vllm_dms.backend.kernels.schedule import Schedule
 from vllm_dms.backend.kernels.store import store_token_kernel
 from vllm_dms.backend.kernels.store_chunk import (
@@ -24,9 +24,6 @@ from vllm_dms.backend.state import ArenaState, Batch, Scratch
 from vllm_dms.config import DMSConfig
 
 PLAN_TOKENS = 1024  # tokens that the plan kernel looks at together
-
-# A tensor, an address in its memory, and the distance in elements of the rows that begin there.
-Rows = tuple[torch.Tensor, int, int]
 
 
 class TritonStore:
@@ -57,15 +54,14 @@ class TritonStore:
         self._geo = Geometry(*map(constexpr, sizes))
         self._bound = (make_state_args(state, sizes), make_requests(sizes, self.device))
         self._config, self._overlap = config, overlap
-        self._bind_stores(config, overlap)
-
-    def _store_options(self, overlap: bool) -> dict[str, bool]:
         # What is rounded twice stays two operations.
-        return {"enable_fp_fusion": False, **({"launch_pdl": True} if overlap else {})}
+        self._store_options = {"enable_fp_fusion": False}
+        self._store_options |= {"launch_pdl": True} if overlap else {}
+        self._bind_stores()
 
-    def _bind_stores(self, config: DMSConfig, overlap: bool) -> None:
+    def _bind_stores(self) -> None:
         geo, block = self._geo, self.tuning.copy_block
-        options = self._store_options(overlap)
+        config, overlap, options = self._config, self._overlap, self._store_options
         rule = (config.alpha_scale, config.alpha_offset, geo)
         switches = (triton.next_power_of_2(self.heads), config.shift, config.evict)
         survivors, evict = self.scratch.num_survivors, self.scratch.evict
@@ -102,27 +98,26 @@ class TritonStore:
     ) -> None:
         self._check_step(batch)
         k, v = self._rows("key", key, self.heads), self._rows("value", value, self.heads)
-        if alpha.shape[1] != self.heads:
-            check("alpha's heads", alpha.shape[1], self.heads)
-        self._launch_store(batch, layer, k, v, (alpha, alpha.data_ptr(), *alpha.stride()))
+        if alpha.shape[1] != self.heads or alpha.device != self.device:
+            found = alpha.shape[1], alpha.device
+            check("number of alpha's heads, and its device", found, (self.heads, self.device))
+        stride, of_head = alpha.stride()
+        self._launch_store(batch, layer, k, v, rows_at(alpha, alpha.data_ptr(), stride), of_head)
 
     def _launch_store(
-        self, batch: Batch, layer: int, key: Rows, value: Rows,
-        alpha: tuple[torch.Tensor, int, int, int],
-    ) -> None:  # fmt: skip
-        """``alpha``: as `Rows`, and the distance of its heads"""
-        (near_k, k, k_stride), (near_v, v, v_stride) = key, value
-        near_a, a, *a_strides = alpha
-        kind, near = (k_stride, v_stride, k % 16, v % 16), (near_k, near_v, near_a)
-        arguments = (k, v, a, k_stride, v_stride, *a_strides, layer)
+        self, batch: Batch, layer: int, key: Rows, value: Rows, alpha: Rows, of_head: int
+    ) -> None:
+        """``of_head``: elements from a head's alpha to the next"""
+        kind, near = (key.kind, value.kind), (key.near, value.near, alpha.near)
+        addresses, strides = (key.address, value.address), (key.stride, value.stride)
+        arguments = (*addresses, alpha.address, *strides, alpha.stride, of_head, layer)
         if batch.max_query_len == 1:
             self._store_token.at((batch.num_reqs, 1), kind, near, *arguments)
             return
         self._store_plan.at((batch.num_reqs, self.heads), kind, near, *arguments)
         if self._pushes_out:
-            self._store_copy.at(
-                self._copy_grid, kind, near[:2], k, v, k_stride, v_stride, batch.num_reqs, layer
-            )
+            numbers = (*addresses, *strides, batch.num_reqs, layer)
+            self._store_copy.at(self._copy_grid, kind, near[:2], *numbers)
 
     def store_window(
         self, batch: Batch, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -132,10 +127,9 @@ class TritonStore:
         self._launch_window(batch, layer, k, v)
 
     def _launch_window(self, batch: Batch, layer: int, key: Rows, value: Rows) -> None:
-        (near_k, k, k_stride), (near_v, v, v_stride) = key, value
         self._store_window.at(
-            self._copy_grid, (k_stride, v_stride, k % 16, v % 16), (near_k, near_v), k, v,
-            k_stride, v_stride, batch.num_reqs, layer,
+            self._copy_grid, (key.kind, value.kind), (key.near, value.near), key.address,
+            value.address, key.stride, value.stride, batch.num_reqs, layer,
         )  # fmt: skip
 
     def _check_step(self, batch: Batch) -> None:
@@ -145,11 +139,13 @@ class TritonStore:
         """Of x [T, heads, D], whose heads lie side by side."""
         stride, of_head, of_channel = x.stride()
         _, found, dim = x.shape
-        # Quick, as it is asked hundreds of times a step. A tensor of a CPU Triton refuses itself.
+        # Quick, as it is asked hundreds of times a step.
         if found != heads or of_head != dim or of_channel != 1 or dim != self.head_dim:
             check(f"shape of {name}", (found, dim), (heads, self.head_dim))
             check(f"strides of {name}'s heads", (of_head, of_channel), (dim, 1))
-        return x, x.data_ptr(), stride
+        if x.device != self.device:
+            check(f"device of {name}", x.device, self.device)
+        return rows_at(x, x.data_ptr(), stride)
 
     def _flat_grid(self, batch: Batch, block: int) -> tuple[int, int]:
         """Blocks of tokens as `find_request` counts them, times heads."""

@@ -37,7 +37,7 @@ class DMSSelfAttention(nn.Module):
         qkv, _ = self.qkv_proj(normed)
         if self.dms_fused:
             alpha = self.dms_source.given(stream)
-            output, _ = self.o_proj(self.attn.of_projection(qkv, positions, alpha))
+            output, _ = self.o_proj(self.attn.forward_projection(qkv, positions, alpha))
             return output
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.dms_qk_norm:

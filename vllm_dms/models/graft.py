@@ -70,7 +70,7 @@ def graft_layer(layer: nn.Module, vllm_config: VllmConfig, config: DMSConfig) ->
     device = torch.device(vllm_config.device_config.device_type)
     attention.dms_fused = choose_ops(config, device) == "triton" and is_plain(attention)
     if attention.dms_fused:
-        attention.attn.project_by(projection_of(attention))
+        attention.attn.set_projection(projection_of(attention))
     if config.adapter:
         attention.dms_source = adapter = AlphaAdapter(
             attention.total_num_kv_heads,
@@ -102,6 +102,7 @@ def is_plain(attention: Any) -> bool:
         and rotary.is_neox_style
         and rotary.rotary_dim == attention.head_dim
         and all(type(norm) is RMSNorm and norm.variance_size_override is None for norm in norms)
+        and len({norm.variance_epsilon for norm in norms}) <= 1
     )
 
 

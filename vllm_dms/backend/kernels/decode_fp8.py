@@ -55,7 +55,8 @@ def attend_row_fp8(
     # q is scaled to fit the range of float16, into which FP8 widens without loss.
     q = q.to(tl.float32)
     largest = tl.max(tl.abs(q), 1)
-    largest = tl.where(largest == 0, 1.0, largest)
+    # One so small that its scale would be 0 made NaN of slots that are masked.
+    largest = tl.where(largest < 1e-30, 1.0, largest)
     q = (q / largest[:, None]).to(tl.float16)
     q_scale = largest * score_scale
     q_even, q_odd = tl.split(tl.reshape(q, [BLOCK_M, geo.D_PAD // 2, 2]))

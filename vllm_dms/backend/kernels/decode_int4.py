@@ -183,7 +183,8 @@ def attend_row_int4(
     W: tl.constexpr = geo.D // 4
     q = q.to(tl.float32)
     largest = tl.max(tl.abs(q), 1)
-    largest = tl.where(largest == 0, 1.0, largest)
+    # One so small that its scale would be 0 made NaN of slots that are masked.
+    largest = tl.where(largest < 1e-30, 1.0, largest)
     q = (q / largest[:, None]).to(tl.float16)
     q = tl.dot(hadamard(W, tl.float16), tl.trans(tl.reshape(q, [4 * BLOCK_M, W])))
     q_scale = largest * (score_scale / W)
@@ -206,7 +207,7 @@ def attend_row_int4(
     for tile in range(first, end):
         slot = tile * BLOCK_N + offs_n
         mask = slot < live
-        mask_w = mask[:, None] & (offs_w < W)
+        mask_w = mask[:, None]
         ptr = int4_words(state, page, slot, geo)[:, None] + offs_w
         scales = int4_scales(state, page, slot, geo).to(tl.pointer_type(tl.int32), bitcast=True)
         ab = tl.load(scales, mask=mask, other=0)

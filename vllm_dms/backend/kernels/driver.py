@@ -1,10 +1,10 @@
 """A compiled kernel's launch by the CUDA driver itself.
 
 Triton's own launcher takes all arguments apart at every launch, sixty of them, most of which never
-change: several microseconds (of Triton 3.6, 3 of a modern core). Here those are written to memory
-once, and a launch adds the others. What the driver is told is the same
-(`tests/test_launch.py` compares); with a version of Triton that has not been compared, Triton
-launches.
+change: 10 to 15 us on the host of `benchmarks/results/small_steps/launches_h100.json` (Triton 3.6).
+Here those are written to memory once, and a launch adds the others. What the driver is told is the
+same (`tests/test_launch.py` compares); with a version of Triton that has not been compared, Triton
+launches. Triton's launch hooks (`knobs.runtime.launch_enter_hook`) are not called.
 """
 
 import ctypes
@@ -17,14 +17,15 @@ from typing import Any
 
 import triton
 
-logger = logging.getLogger("vllm.vllm_dms")
+logger = logging.getLogger(__name__)
 
-TRITON_VERSIONS = ("3.6", "3.7")
+TRITON_VERSIONS = ("3.6", "3.7", "3.8")
 CELL = 8  # bytes of an argument in memory; the driver reads as many as the kernel takes
 FORMATS = {
     **{"i1": "?7x", "u1": "?7x", "i32": "i4x", "u32": "I4x", "i64": "q", "u64": "Q"},
     "fp32": "f4x",
 }
+MOST_SHARED_BYTES = 228 << 10  # above, Triton 3.8 passes an attribute more
 OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -48,24 +49,38 @@ class Config(ctypes.Structure):
 
 
 @functools.cache
-def is_known(version: str) -> bool:
-    """Whether Triton's own launcher tells the driver what `DriverLaunch` does: others may pass
-    more."""
-    known = version.startswith(tuple(f"{v}." for v in TRITON_VERSIONS))
-    if not known:
+def launches_as_compared(version: str) -> bool:
+    """Whether this Triton's launcher is known to tell the driver what `DriverLaunch` does: others
+    may pass more. One that is not is named in the log."""
+    compared = version.startswith(tuple(f"{v}." for v in TRITON_VERSIONS))
+    if not compared:
         logger.warning(
-            "DMS kernels are launched by Triton %s itself, which costs the host more: known to DMS "
-            "are Triton %s.", version, " and ".join(TRITON_VERSIONS),
+            "Triton %s launches DMS's kernels itself: DMS launches them as Triton %s do, and has "
+            "not been compared with others. Results are the same; each launch outside a CUDA graph "
+            "costs the host more. How to add a version: docs/compatibility.md.",
+            version, ", ".join(TRITON_VERSIONS),
         )  # fmt: skip
-    return known
+    return compared
 
 
 @functools.cache
-def driver_function() -> Callable[[int, int, int, None], int]:
+def driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def launch_function() -> Callable[[int, int, int, None], int]:
     """cuLaunchKernelEx"""
-    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function = driver().cuLaunchKernelEx
     function.argtypes = [ctypes.c_void_p] * 4
     return function
+
+
+def name_of_error(number: int) -> str:
+    """Of CUresult."""
+    name = ctypes.c_char_p()
+    driver().cuGetErrorName(number, ctypes.byref(name))
+    return f"{(name.value or b'unknown').decode()} ({number})"
 
 
 def flatten(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
@@ -88,9 +103,16 @@ class DriverLaunch:
     def __init__(self, kernel: Any, arguments: tuple[Any, ...], constants: Any) -> None:
         """``arguments``: of this launch, numbers and addresses; ``constants``: those after them"""
         metadata, types = kernel.metadata, tuple(kernel.src.signature.values())
-        scratch = metadata.global_scratch_size, metadata.profile_scratch_size
-        assert scratch == (0, 0) and metadata.num_ctas == 1, metadata
-        assert not metadata.launch_cooperative_grid, metadata
+        not_passed = {
+            "scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
+            "clusters": metadata.num_ctas > 1 or metadata.launch_cooperative_grid,
+            "instrumentation": getattr(metadata, "instrumentation_mode", ""),
+            "more shared memory": metadata.shared > MOST_SHARED_BYTES,
+        }
+        assert not any(not_passed.values()), (
+            f"{kernel.src.name} needs what is not passed: {not_passed}"
+        )
+        self._kernel = kernel  # Triton 3.8 unloads one that nobody holds
         own = types[: len(arguments)]
         passed = [i for i, kind in enumerate(own) if kind != "constexpr"]
         self._pack = struct.Struct(format_of(own[i] for i in passed)).pack_into
@@ -117,7 +139,7 @@ class DriverLaunch:
         self._device, self._stream_of = active.get_current_device(), active.get_current_stream
         self._grid: tuple[int, int] | None = None
         self._stream: int | None = None
-        self._launch, places = driver_function(), (self._config, self._cells)
+        self._launch, places = launch_function(), (self._config, self._cells)
         config, cells = map(ctypes.addressof, places)
         self._told = (config, kernel.function, cells, None)
 
@@ -133,4 +155,8 @@ class DriverLaunch:
             self._config.stream = stream
         error = self._launch(*self._told)
         if error:
-            raise RuntimeError(f"CUDA refuses a launch of grid {grid}: error {error}")
+            raise RuntimeError(
+                f"CUDA refuses to launch {self._kernel.src.name} with the grid {grid}: "
+                f"{name_of_error(error)}. The fault may be an earlier kernel's: with "
+                "CUDA_LAUNCH_BLOCKING=1 the error comes where it was made."
+            )

@@ -7,12 +7,12 @@ knows this version of Triton.
 """
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from vllm_dms.backend.kernels.driver import DriverLaunch, is_known
+from vllm_dms.backend.kernels.driver import DriverLaunch, launches_as_compared
 
 
 def addresses(constant: Any) -> Any:
@@ -25,10 +25,19 @@ def addresses(constant: Any) -> Any:
     return constant
 
 
-def kind_of(x: torch.Tensor) -> tuple[int, bool]:
-    """What of ``x``, if its stride is passed beside it, a kernel is compiled for: Triton assumes no
-    more than this. Dtypes are a worker's own, and always the same."""
-    return x.stride()[0], x.data_ptr() % 16 == 0
+class Rows(NamedTuple):
+    """Of a matrix in memory, as kernels take it: an address and a stride."""
+
+    near: torch.Tensor  # in whose memory it is, and of whose dtype
+    address: int
+    stride: int  # elements from a row to the next
+    kind: (
+        Hashable  # what of both Triton may compile for; dtypes are a worker's own, always the same
+    )
+
+
+def rows_at(near: torch.Tensor, address: int, stride: int) -> Rows:
+    return Rows(near, address, stride, (stride, address % 16 == 0))
 
 
 def tensor_at(near: Any, address: Any) -> Any:
@@ -48,7 +57,7 @@ class Launcher:
         self._compiled: dict[Hashable, DriverLaunch] = {}
 
     def __call__(self, grid: tuple[int, int], kind: Hashable, *arguments: Any) -> None:
-        """``kind``: equal for arguments that Triton compiles the same kernel for"""
+        """``kind``: equal only for arguments that Triton compiles the same kernel for"""
         found = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
         self.at(grid, kind, arguments, *found)
 
@@ -70,6 +79,6 @@ class Launcher:
         tensors = [tensor_at(*pair) for pair in zip(near, arguments, strict=False)]
         given = (*tensors, *arguments[len(tensors) :])
         kernel = self._kernel[grid](*given, *self._constants, **self._options)
-        if kernel is not None and is_known(triton.__version__):
+        if kernel is not None and launches_as_compared(triton.__version__):
             constants = addresses(self._constants)
             self._compiled[kind] = DriverLaunch(kernel, arguments, constants)

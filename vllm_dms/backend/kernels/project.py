@@ -83,6 +83,34 @@ def read_alpha(
 
 
 @triton.jit
+def project_key(
+    qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, q_norm_ptr, k_norm_ptr,
+    cos_sin_ptr, eps, geo, G: tl.constexpr, PER_LAYER: tl.constexpr, H_PAD: tl.constexpr,
+):  # fmt: skip
+    """Of the token whose projection is at ``qkv_ptr``: keys [H_PAD, D_PAD], normed and rotated, and
+    alpha [H_PAD]."""
+    h = tl.arange(0, H_PAD)
+    mask = h < geo.H
+    k = rotate_heads(
+        qkv_ptr + geo.H * G * geo.D, h, mask, mask, k_norm_ptr, cos_sin_ptr, eps, geo, False, False
+    )
+    alpha = read_alpha(
+        qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, h, mask, q_norm_ptr, eps, geo,
+        G, PER_LAYER,
+    )  # fmt: skip
+    return k, alpha
+
+
+@triton.jit
+def write_key(rotated_ptr, k, geo, G: tl.constexpr, H_PAD: tl.constexpr):
+    """k [H_PAD, D_PAD] beside the queries of its token, whose rotated row is at ``rotated_ptr``."""
+    h = tl.arange(0, H_PAD)
+    d = tl.arange(0, geo.D_PAD)
+    ptr = rotated_ptr + geo.H * G * geo.D + h[:, None] * geo.D + d[None, :]
+    tl.store(ptr, k, mask=(h < geo.H)[:, None] & (d < geo.D)[None, :])
+
+
+@triton.jit
 def rotate_queries(
     qkv_ptr, rotated_ptr, cos_sin_ptr, q_norm_ptr, eps, part, geo,
     G: tl.constexpr, HEADS: tl.constexpr, BORROWED: tl.constexpr,
@@ -152,14 +180,12 @@ def project_token_kernel(
         )  # fmt: skip
     elif s > 0:
         h = tl.arange(0, H_PAD)
-        mask = h < geo.H
-        key_ptr = qkv_ptr + geo.H * G * geo.D
         live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
-        v = load_tokens(key_ptr + geo.H * geo.D, 0, h * 0, h, mask, geo)
-        k = rotate_heads(key_ptr, h, mask, mask, k_norm_ptr, cos_sin_ptr, eps, geo, False, False)
-        alpha = read_alpha(
-            qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, h, mask, q_norm_ptr, eps,
-            geo, G, PER_LAYER,
+        value_ptr = qkv_ptr + geo.H * (G + 1) * geo.D
+        v = load_tokens(value_ptr, 0, h * 0, h, h < geo.H, geo)
+        k, alpha = project_key(
+            qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, q_norm_ptr, k_norm_ptr,
+            cos_sin_ptr, eps, geo, G, PER_LAYER, H_PAD,
         )  # fmt: skip
         store_token(
             k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
@@ -209,17 +235,10 @@ def project_kernel(
             alpha_ptr is None, ZERO_BEFORE, ZERO_AFTER,
         )  # fmt: skip
         return
-    h = tl.arange(0, H_PAD)
-    mask = h < geo.H
-    first = geo.H * G * geo.D
-    k = rotate_heads(
-        qkv_ptr + first, h, mask, mask, k_norm_ptr, cos_sin_ptr, eps, geo, False, False
-    )
-    d = tl.arange(0, geo.D_PAD)
-    ptr = rotated_ptr + first + h[:, None] * geo.D + d[None, :]
-    tl.store(ptr, k, mask=mask[:, None] & (d < geo.D)[None, :])
-    alpha = read_alpha(
-        qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, h, mask, q_norm_ptr, eps, geo,
-        G, PER_LAYER,
+    k, alpha = project_key(
+        qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, q_norm_ptr, k_norm_ptr,
+        cos_sin_ptr, eps, geo, G, PER_LAYER, H_PAD,
     )  # fmt: skip
-    tl.store(rotated_ptr + first + geo.H * geo.D + h, alpha, mask=mask)
+    write_key(rotated_ptr, k, geo, G, H_PAD)
+    h = tl.arange(0, H_PAD)
+    tl.store(rotated_ptr + geo.H * (G + 1) * geo.D + h, alpha, mask=h < geo.H)

@@ -18,7 +18,7 @@ from vllm_dms.backend.kernels.common import (
 )
 from vllm_dms.backend.kernels.page_table import share_of_block
 from vllm_dms.backend.kernels.pages import write_slots
-from vllm_dms.backend.kernels.project import read_alpha, rotate_heads, rotate_queries
+from vllm_dms.backend.kernels.project import project_key, rotate_queries, write_key
 from vllm_dms.backend.kernels.store import load_rows, load_tokens, store_token
 
 
@@ -111,14 +111,10 @@ def project_window_kernel(
     start, m, n, s = load_request(requests, find_owner(requests, token, num_reqs, geo))
     h = tl.arange(0, H_PAD)
     mask = h < geo.H
-    first = geo.H * G * geo.D
-    k = rotate_heads(
-        qkv_ptr + first, h, mask, mask, k_norm_ptr, cos_sin_ptr, eps, geo, False, False
-    )
-    v = load_tokens(qkv_ptr + first + geo.H * geo.D, 0, h * 0, h, mask, geo)
-    alpha = read_alpha(
-        qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, h, mask, q_norm_ptr, eps, geo,
-        G, PER_LAYER,
+    v = load_tokens(qkv_ptr + geo.H * (G + 1) * geo.D, 0, h * 0, h, mask, geo)
+    k, alpha = project_key(
+        qkv_ptr, alpha_ptr, stride_alpha, stride_alpha_head, token, q_norm_ptr, k_norm_ptr,
+        cos_sin_ptr, eps, geo, G, PER_LAYER, H_PAD,
     )  # fmt: skip
     if (m == 1) & (s > 0):
         live, verdict = load_rows(state, n, s, layer, geo, H_PAD)
@@ -126,10 +122,8 @@ def project_window_kernel(
             k, v, alpha, live, verdict, state, n, s, layer, alpha_scale, alpha_offset, geo, H_PAD,
             SHIFT, EVICT,
         )  # fmt: skip
-    elif m > 1:
-        d = tl.arange(0, geo.D_PAD)
-        ptr = rotated_ptr + first + h[:, None] * geo.D + d[None, :]
-        tl.store(ptr, k, mask=mask[:, None] & (d < geo.D)[None, :])
+    elif (m > 1) & (token - start < m):  # the batch may be longer than its requests
+        write_key(rotated_ptr, k, geo, G, H_PAD)
         tl.store(num_survivors_ptr + token * geo.H + h, h * 0, mask=mask)
         if s > 0:
             store_first(

@@ -1,24 +1,16 @@
-"""Kernels that keep states and restore them: `backend.snapshots.TritonSnapshots` on a GPU.
+"""Kernels that keep states and restore them (`backend.triton_snapshots`).
 
 All copies of a run are made by the same launches, which find them in ``lists``
-(`backend.copies.PackedCopies`), of ``total`` blocks.
+(`backend.copies.PackedCopies`), of ``total`` blocks. WIDTH: columns of a copy, its record's blocks
+included.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
 
-from vllm_dms.arena.messages import Copy
-from vllm_dms.backend import copies as packing
-from vllm_dms.backend.kernels.launch import Launcher
-from vllm_dms.backend.state import ArenaState
+from vllm_dms.backend import copies
 
-BLOCK_WORDS = 4096  # int64 that a program copies
-NUM_LISTED = 1024  # blocks whose places a program notes
-COLUMNS = tl.constexpr(packing.COLUMNS)
+HEADER = tl.constexpr(copies.HEADER)
 
 
 @triton.jit
@@ -28,7 +20,7 @@ def find_copy(lists, total, copy, WIDTH: tl.constexpr):
     columns = lists + 3 * total + copy * WIDTH
     source = lists + tl.load(columns)
     count, s, again = tl.load(columns + 1), tl.load(columns + 2), tl.load(columns + 3)
-    return source, source + total, columns + COLUMNS, count, s, again
+    return source, source + total, columns + HEADER, count, s, again
 
 
 @triton.jit
@@ -106,7 +98,7 @@ def record_kernel(
     total,
     begin,
     words,
-    bytes,
+    byte_ptr,
     places,
     pages_used,
     leaves_used,
@@ -142,7 +134,7 @@ def record_kernel(
     slot = tl.arange(0, R_PAD)
     in_ring = slot < R
     ring_offs = 8 + i * ROW_BYTES + 4 + 4 * TABLE + slot
-    kept_ring = record_at(bytes, record, ring_offs, in_ring, BLOCK_BYTES)
+    kept_ring = record_at(byte_ptr, record, ring_offs, in_ring, BLOCK_BYTES)
     counter = tl.arange(0, 2)
     kept_counters = record_at(words, record, counter, counter < 2, WORDS)
     own_table = page_table + row * TABLE + entry
@@ -168,61 +160,3 @@ def record_kernel(
         used = tl.load(kept_counters)
         tl.store(pages_used + s + zero, used, mask=(counter == 0) & (i == 0))
         tl.store(leaves_used + s + zero, used, mask=(counter == 1) & (i == 0))
-
-
-class TritonSnapshots:
-    """`snapshots.Snapshots`: three launches for a run of copies, none of which the host waits
-    for."""
-
-    def __init__(self, state: ArenaState) -> None:
-        self._state, layout = state, state.layout
-        self._bytes = state.blocks.view(-1)
-        width = packing.COLUMNS + layout.record_blocks
-        # Which block of its source each is, in the run at hand; of others, any.
-        places = torch.zeros(state.num_blocks, dtype=torch.int32, device=state.blocks.device)
-        words, entries = layout.block_bytes // 8, layout.leaves_per_block * layout.leaf_size
-        ring_pad, table_pad = map(triton.next_power_of_2, (layout.ring_size, layout.table_width))
-        self._parts = triton.cdiv(words, BLOCK_WORDS)
-        self._note_places = Launcher(places_kernel, places, width, NUM_LISTED)
-        self._copy_blocks, self._copy_records = {}, {}
-        for saves in (False, True):
-            self._copy_blocks[saves] = Launcher(
-                copy_blocks_kernel, self._bytes.view(torch.int64), state.leaves, places,
-                state.pages_used, width, words, entries, triton.next_power_of_2(max(entries, 1)),
-                layout.pages_per_block, saves, BLOCK_WORDS, num_warps=8,
-            )  # fmt: skip
-            self._copy_records[saves] = Launcher(
-                record_kernel, self._bytes.view(torch.int32), self._bytes, places,
-                state.pages_used, state.leaves_used, state.live, state.page_table,
-                state.evict_ring, width, layout.num_rows, layout.ring_size, ring_pad,
-                layout.leaf_size, layout.table_width, table_pad, layout.pages_per_block,
-                max(layout.leaves_per_block, 1), layout.record_row_bytes, layout.block_bytes,
-                saves,
-            )  # fmt: skip
-
-    def warm_up(self) -> None:
-        """Compile the kernels, on the null state: before the first request waits for it."""
-        null, record = np.zeros(1, np.int32), np.zeros(self._state.layout.record_blocks, np.int32)
-        copies = [Copy(0, (null, null, record))]
-        self.save(copies)
-        self.restore(copies)
-        self._state.blocks[0].zero_()
-
-    def save(self, copies: Sequence[Copy]) -> None:
-        self._copy(copies, saves=True)
-
-    def restore(self, copies: Sequence[Copy]) -> None:
-        self._copy(copies, saves=False)
-
-    def _copy(self, copies: Sequence[Copy], saves: bool) -> None:
-        packed = packing.pack(copies, self._state.num_blocks, saves)
-        lists, first = torch.from_numpy(packed.lists), packed.first
-        if self._bytes.device.type == "cuda":
-            lists = lists.pin_memory().to(self._bytes.device, non_blocking=True)
-        total, rows = first[-1], self._state.layout.num_rows
-        for start, stop in packed.runs:
-            begin, end = first[start], first[stop]
-            parts = triton.cdiv(end - begin, NUM_LISTED)
-            self._note_places((parts, 1), None, lists, total, begin, end)
-            self._copy_blocks[saves]((end - begin, self._parts), None, lists, total, begin)
-            self._copy_records[saves]((rows, stop - start), None, lists, total, start)

@@ -33,9 +33,10 @@ say "pytest ${parallel[*]}"
 "$python" -m pytest -q "${parallel[@]}" "$@" || failed+=(pytest)
 
 # What touches nothing of vLLM, or is the same with each version and takes long.
-unrelated=(adapter addresses benchmark command compile config copies dense docs families fastdms golden kernels launch
-    needles overlap processes project_window ptx quality quantized reference report retrofit seed server smollm2 storage
-    synthetic tiny torch_ops triton_ops verify weights wheel)
+unrelated=(adapter addresses benchmark command compile config copies demo_chat dense deployment docs families fastdms
+    flash golden kernels launch multi_turn needles overlap peers processes project ptx quality quantized reference report
+    retrofit rounding seed server smollm2 snapshots storage synthetic tiny torch_ops triton_ops verify warm_up weights
+    wheel)
 ignored=("${unrelated[@]/#/--ignore-glob=tests/test_}")
 ignored=("${ignored[@]/%/*.py}")
 

@@ -20,8 +20,12 @@ if not torch.cuda.is_available():
 
 import gc
 
+import interpreter
 import pytest
 from checkpoints import make_checkpoint
+
+if "TRITON_INTERPRET" in os.environ:
+    interpreter.remember()
 
 
 def pytest_collection_modifyitems(items):

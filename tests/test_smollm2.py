@@ -82,17 +82,15 @@ def test_each_document_is_in_one_file_whole(tmp_path):
     assert whole == train[0][1].strip()
 
 
-@pytest.mark.parametrize("script", ["weights.sh", "build.sh"])
-def test_an_interpreter_without_torch_is_refused_by_name(tmp_path, script):
+@pytest.mark.parametrize(("script", "more"), [("weights.sh", ""), ("build.sh", " transformers")])
+def test_an_interpreter_without_torch_is_refused_by_name(tmp_path, script, more):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho torch\n")  # whatever is asked: what it lacks
+    python.write_text('#!/bin/sh\nshift 2\necho "$@"\n')  # it lacks all that is asked for
     python.chmod(0o755)
     path = Path(convert.__file__).with_name(script)
-    command, env = (
-        ["bash", str(path), str(tmp_path / "work")],
-        {**os.environ, "PYTHON": str(python)},
-    )
+    command = ["bash", str(path), str(tmp_path / "work")]
+    env = {**os.environ, "PYTHON": str(python)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"{python} lacks: torch. Set PYTHON" in done.stderr
+    assert f"{python} lacks: torch safetensors tokenizers{more}. Set PYTHON" in done.stderr
     assert not (tmp_path / "work").exists()

@@ -7,6 +7,7 @@
 set -euo pipefail
 work=$1 preset=${2:-ratio5}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+needs="torch safetensors tokenizers transformers"
 source "$here/python.sh"
 source "$here/presets.sh"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -3,9 +3,7 @@ fails it."""
 
 import argparse
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,26 +12,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_serving
 import multi_turn
 import offline
-import processes
 import record
 import synthetic
 import through_server
-from arms import ARMS, engine_args, flags
+from arms import ARMS, flags
+from benchmark_options import MODEL, TINY, args_of, options
 from processes import RunError
 from shapes import SHAPES
-
-TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 10240,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
-MODEL = {"shape": "tiny", "layers": 1, "window": 4, "dialect": "d", "rates": "r", "mean_keep": 0.1}
-
-
-def options(*changes, out="/o", model="/m", arms="dms", workloads="prefill-8k"):
-    given = ("--model", str(model), "--out", str(out), "--arms", arms, "--workloads", workloads)
-    return bench_serving.parse_args([*given, "--pool-gib", "2", "--commit", "c", *changes])
-
-
-def args_of(arm, chosen):
-    return [engine_args(ARMS[arm], chosen, group.limits) for group in bench_serving.groups(chosen)]
 
 
 def test_arms_differ_in_checkpoint_cache_and_plugin_only():
@@ -103,46 +88,6 @@ def test_vllm_knows_all_flags_that_it_is_started_with(tmp_path, monkeypatch):
         assert parsed.max_model_len == args["max_model_len"]
 
 
-def test_a_stock_arm_has_no_plugin_and_no_arm_more_time_than_there_is(tmp_path):
-    log, shown = tmp_path / "x.log", "import os; print(repr(os.environ['VLLM_PLUGINS']))"
-    for arm, plugins in (("bf16", "''\n"), ("dms", "'dms'\n")):
-        processes.run(ARMS[arm], [sys.executable, "-c", shown], log, time.monotonic() + 60)
-        assert log.read_text() == plugins
-    with pytest.raises(RunError, match=r"out of time: see x\.log"):
-        processes.run(ARMS["bf16"], ["sleep", "60"], log, time.monotonic() + 0.5)
-    with pytest.raises(RunError, match="exit code 1: OSError: first"):
-        failing = "print(' WARNING ImportError: no'); print('OSError: first'); raise KeyError('x')"
-        processes.run(ARMS["bf16"], [sys.executable, "-uc", failing], log, time.monotonic() + 60)
-
-
-def test_one_client_answers_for_each_command_and_ends_with_the_run(tmp_path):
-    client = through_server.Client(tmp_path / "client.log")
-    deadline = time.monotonic() + 120
-    with pytest.raises(RunError, match=r"SystemExit: 2: see x\.log"):
-        client.run(["--no-such-flag"], tmp_path / "x.log", deadline)
-    with pytest.raises(RunError, match=r"out of time before y\.log"):
-        client.run(REFUSED, tmp_path / "y.log", time.monotonic())
-    assert not (tmp_path / "y.log").exists()
-    with pytest.raises(RunError, match=r"ValueError: --max-concurrency .*: see y\.log"):
-        client.run(REFUSED, tmp_path / "y.log", deadline)
-    processes.stop_all()
-    assert client.process.poll() is not None
-    with pytest.raises(RunError, match=r"the client ended: see z\.log"):
-        client.run(REFUSED, tmp_path / "z.log", deadline)
-
-
-def test_a_late_answer_is_not_the_next_command_s(tmp_path):
-    client = through_server.Client(tmp_path / "client.log")
-    os.mkfifo(tmp_path / "x.log")  # that nobody reads: the command does not end
-    with pytest.raises(RunError, match=r"out of time: see x\.log"):
-        client.run(REFUSED, tmp_path / "x.log", time.monotonic() + 0.1)
-    with pytest.raises(RunError, match=r"the client ended: see y\.log"):
-        client.run(REFUSED, tmp_path / "y.log", time.monotonic() + 120)
-
-
-REFUSED = ["--model", "x", "--max-concurrency", "0"]
-
-
 def test_arms_together_take_turns_workload_by_workload(tmp_path, monkeypatch):
     order = []
 
@@ -185,60 +130,6 @@ def test_arms_together_take_turns_workload_by_workload(tmp_path, monkeypatch):
                      "start fp8", "fp8 ready", "fp8 a", "fp8 b"]  # fmt: skip
 
 
-class Served:
-    """A server's measurement whose processes do nothing and whose client saved ``client``."""
-
-    def __init__(self, monkeypatch, out, client=None, names=None):
-        self.out, self.waiting = out, (sys.executable, "-c", "import time; time.sleep(60)")
-        monkeypatch.setattr(through_server, "CLI", self.waiting)
-        monkeypatch.setattr(
-            through_server.Server, "ask", lambda server, path, *_, **__: names or server.name
-        )
-        monkeypatch.setattr(through_server.Server, "live", lambda *_: {})
-        saved = out / "bf16-server-first-request-1.json"
-        monkeypatch.setattr(
-            through_server.Client, "run", lambda *_: saved.write_text(json.dumps(client))
-        )
-
-    def row(self):
-        chosen = options(out=self.out, workloads="first-request")
-        engine = {"arm": "bf16", "args": args_of("bf16", chosen)[0]}
-        rows = through_server.measure(
-            ARMS["bf16"], ["first-request"], engine, chosen, time.monotonic() + 60
-        )
-        assert next(rows) == {}
-        return next(rows)
-
-
-def test_a_server_that_does_not_start_says_why(monkeypatch, tmp_path):
-    server = Served(monkeypatch, tmp_path)
-    monkeypatch.setattr(
-        through_server, "CLI", (sys.executable, "-c", "raise ValueError('no such flag')")
-    )
-    monkeypatch.setattr(through_server.Server, "ask", refuse)
-    with pytest.raises(RunError, match="did not start: ValueError: no such flag"):
-        server.row()
-
-
-def refuse(*args, **kwargs):
-    raise ConnectionRefusedError
-
-
-def test_another_server_on_the_port_is_not_measured(monkeypatch, tmp_path):
-    with pytest.raises(RunError, match="another server answers"):
-        Served(monkeypatch, tmp_path, names="another").row()
-
-
-def test_the_first_request_stands_beside_the_tenth_if_all_were_answered(monkeypatch, tmp_path):
-    client = {"completed": 10, "failed": 0, "output_throughput": 5.0, "duration": 2.0}
-    client |= {"ttfts": [0.2, *[0.1] * 9], "mean_ttft_ms": 7.0}
-    row = Served(monkeypatch, tmp_path, client).row()
-    assert row["first_over_tenth"] == pytest.approx(2) and row["mean_ttft_ms"] == 7.0
-    assert row["server_did_before"] == []
-    with pytest.raises(RunError, match="9 of 10 requests were answered"):
-        Served(monkeypatch, tmp_path, client | {"failed": 1, "completed": 9}).row()
-
-
 def test_offline_rows_are_of_all_tokens_and_say_what_waited():
     row = offline.row_of("prefill-8k", 1, {"latencies": [1.0, 3.0]}, "")
     assert row["prefill_tok_s"] == 4096
@@ -249,87 +140,6 @@ def test_offline_rows_are_of_all_tokens_and_say_what_waited():
     row = offline.row_of("reason-1k-8k", 1, {"elapsed_time": 256.0}, log)
     assert row["decode_tok_s"] == 8192
     assert (row["requests_held"], row["preemptions"]) == (167, 89)
-
-
-def test_the_gpu_of_a_run_is_the_one_that_the_process_may_use(monkeypatch):
-    asked = []
-    monkeypatch.setattr(record, "output_of", lambda *args: asked.append(args) or "H, U, 1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    assert record.gpu_facts() == {"gpu": "H", "gpu_uuid": "U", "driver": "1"}
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    record.gpu_facts()
-    assert asked[0][-2:] == ("-i", "3") and "-i" not in asked[1]
-
-
-class Runs:
-    """Runs of bench_serving whose engines are not started."""
-
-    def __init__(self, monkeypatch, path):
-        self.path, self.monkeypatch, self.problem = path, monkeypatch, None
-        self.gpu = {"gpu": "H", "gpu_uuid": "GPU-1", "driver": "580"}
-        monkeypatch.setattr(record, "gpu_facts", lambda: self.gpu)
-        monkeypatch.setattr(offline, "measure", self.measure)
-        (path / "dms").mkdir()
-        (path / "dms" / "synthetic.json").write_text(json.dumps(MODEL))
-
-    def measure(self, arm, workloads, engine, options, deadline):
-        yield {"workload": workloads[0], "concurrency": 1, "prefill_tok_s": 1.0}
-        if self.problem:
-            raise RunError(self.problem)
-
-    def run(self, arms, *changes):
-        argv = ["bench_serving.py", "--arms", arms]
-        self.monkeypatch.setattr(sys, "argv", argv)
-        chosen = options(*changes, model=self.path, out=self.path / "out", arms=arms)
-        return bench_serving.run(chosen)
-
-    def report(self):
-        return json.loads((self.path / "out" / "run.json").read_text())
-
-
-@pytest.fixture
-def runs(monkeypatch, tmp_path):
-    return Runs(monkeypatch, tmp_path)
-
-
-def test_commands_with_one_folder_are_one_run_with_one_certificate(runs):
-    assert runs.run("bf16") == [] == runs.run("dms")
-    report = runs.report()
-    assert [(row["arm"], row["engine"]) for row in report["rows"]] == [("bf16", 0), ("dms", 1)]
-    assert {row["run_id"] for row in report["rows"]} == {report["run_id"]}
-    commands = [command["command"] for command in report["commands"]]
-    assert [row["command"] for row in report["rows"]] == commands and "--arms dms" in commands[1]
-    assert report["gpu_uuid"] == "GPU-1" and report["driver"] == "580" and report["commit"] == "c"
-    assert {row["gpu"] for row in report["rows"]} == {"H"} and report["versions"]["vllm"]
-    assert {row["pool_bytes"] for row in report["rows"]} == {2 << 30}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda runs: runs.gpu.update(gpu_uuid="GPU-2"), "gpu_uuid GPU-1, here it is GPU-2"),
-        (lambda _: ["--pool-gib", "3"], "settings .*'pool_gib': 2.0, .* here .*'pool_gib': 3.0"),
-        (lambda _: ["--commit", "d"], "commit c, here it is d"),
-    ],
-    ids=["card", "pool", "commit"],
-)
-def test_what_is_not_the_same_does_not_become_one_run(runs, change, message):
-    runs.run("bf16")
-    before = runs.report()
-    with pytest.raises(ValueError, match=message):
-        runs.run("dms", *(change(runs) or []))
-    assert runs.report() == before
-
-
-def test_an_engine_that_did_not_measure_all_fails_the_run_and_may_try_again(runs):
-    runs.problem = "out of time"
-    assert runs.run("dms") == ["dms did not measure all of prefill-8k: out of time"]
-    assert runs.report()["engines"][0]["error"] == "out of time"
-    runs.problem = None
-    assert runs.run("dms") == []
-    assert [row["engine"] for row in runs.report()["rows"]] == [1]
-    with pytest.raises(ValueError, match="already has prefill-8k of dms"):
-        runs.run("dms")
 
 
 @pytest.mark.slow

@@ -165,8 +165,10 @@ class LaunchStep:
         for name, part in PARTS.items():
             saved[name] = work = getattr(ops, name)
 
-            def run(*args: Any, part: str = part, work: Callable[..., None] = work) -> None:
-                timed(part, lambda: work(*args))
+            def run(
+                *args: Any, part: str = part, work: Callable[..., None] = work, **named: Any
+            ) -> None:
+                timed(part, lambda: work(*args, **named))
 
             setattr(ops, name, run)
         try:

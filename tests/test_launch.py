@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import triton
 from test_compile import KERNELS
 
 from vllm_dms.backend.kernels import launch
-from vllm_dms.backend.kernels.driver import launches_as_compared
+from vllm_dms.backend.kernels.driver import DriverLaunch, launches_as_compared
+from vllm_dms.backend.triton_store import TritonStore
 
 # Of the driver, what launchers call.
 LIBRARY = """
@@ -119,3 +121,20 @@ def test_a_triton_that_was_not_compared_launches_itself_and_is_named(
         assert (grid, number, constant, options) == ((1, 2), expected, 7, {"num_warps": 2})
     assert [version in record.message for record in caplog.records] == ([] if known else [True])
     launches_as_compared.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_ctas", 2), ("shared", 229 << 10), ("instrumentation_mode", "gsan")]
+)
+def test_a_kernel_that_needs_more_than_is_passed_is_refused(field, value):
+    sizes = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "shared")
+    metadata = SimpleNamespace(**{**dict.fromkeys(sizes, 0), "num_ctas": 1, field: value})
+    kernel = SimpleNamespace(metadata=metadata, src=SimpleNamespace(name="x_kernel", signature={}))
+    with pytest.raises(AssertionError, match="x_kernel needs what is not passed"):
+        DriverLaunch(kernel, (), ())
+
+
+def test_rows_of_another_device_are_refused():
+    store = SimpleNamespace(head_dim=16, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="device of key is meta"):
+        TritonStore._rows(store, "key", torch.zeros(3, 2, 16, device="meta"), 2)

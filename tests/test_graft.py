@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionType
 
 import vllm_dms.models
 from vllm_dms.backend.attention import DMSAttention
+from vllm_dms.backend.projection import Projection
 from vllm_dms.models.families import FAMILIES, family_of_architectures
 from vllm_dms.models.graft import refuse_special_attention
 
@@ -100,3 +101,11 @@ def test_attention_that_is_more_than_plain_is_refused(changes, words):
     refuse_special_attention(plain_attention())
     with pytest.raises(ValueError, match=rf"{words}.*layers\.0.*--kv-cache-dtype auto"):
         refuse_special_attention(plain_attention(**changes))
+
+
+def test_layers_that_norm_by_another_epsilon_than_the_first_are_refused():
+    first, other = (Projection(None, None, eps, None) for eps in (1e-6, 1e-5))
+    layer = SimpleNamespace(layer_name="x", dms_runtime=SimpleNamespace(projection=first))
+    DMSAttention.set_projection(layer, first)
+    with pytest.raises(ValueError, match="epsilon of 1e-05 and the first layer with 1e-06"):
+        DMSAttention.set_projection(layer, other)

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from certificate import certificate, command_and_date
 from kernel_arena import MAX_LAYERS, STORAGE
 from launch_step import LaunchStep, Request
-from record import certificate, command_and_date
 
 from vllm_dms.backend.kernels.launch import Launcher
 

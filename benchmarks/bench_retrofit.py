@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
@@ -26,6 +25,8 @@ from vllm_dms.retrofit.attention import GatedAttention, Tile, Tiles, plain
 from vllm_dms.retrofit.determinism import deterministic
 from vllm_dms.retrofit.recipe import Recipe
 from vllm_dms.retrofit.trainer import Trainer
+
+from .certificate import certificate, command_and_date
 
 SHAPE = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
@@ -225,13 +226,12 @@ def profile(model, tokens: int, work: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where there is no .git to ask")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compile:
         return compile_one(args.compile)
-    command = " ".join(("python -m benchmarks.bench_retrofit", *sys.argv[1:]))
-    report = {"gpu": torch.cuda.get_device_name(), "command": command}
-    report |= {"torch": torch.__version__, "triton": triton.__version__}
+    report = {**command_and_date(), **certificate(args.commit)}
 
     def record(name, value) -> None:
         report[name] = value

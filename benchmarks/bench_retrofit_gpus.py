@@ -25,6 +25,7 @@ from vllm_dms.retrofit.sharding import held
 from vllm_dms.retrofit.trainer import Trainer
 
 from .bench_retrofit import SHAPE, WINDOW
+from .certificate import certificate, command_and_date
 
 TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, vocab_size=320)  # fmt: skip
@@ -90,15 +91,13 @@ def main() -> None:
     add("--batch", type=int, default=4, help="rows a step, shared by all processes")
     add("--out", type=Path, required=True)
     add("--tiny", action="store_true", help="a rehearsal: another shape")
+    add("--commit", help="where there is no .git to ask")
     add("--shard", action="store_true", help=argparse.SUPPRESS)
     add("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return one(args)
-    command = " ".join(("python -m benchmarks.bench_retrofit_gpus", *sys.argv[1:]))
-    found = {"command": command, "torch": torch.__version__, "rows": []}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+    found = {**command_and_date(), **certificate(args.commit), "rows": []}
     settings = ["--one", "--length", str(args.length), "--batch", str(args.batch)]
     settings += ["--tiny"] if args.tiny else []
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)]
@@ -113,6 +112,8 @@ def main() -> None:
         found["rows"].append(row)
         print(json.dumps(row), flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if any("failed" in row for row in found["rows"]):
+        sys.exit("not all rows were measured: see above")
 
 
 if __name__ == "__main__":

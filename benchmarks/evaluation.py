@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import certificate, command_and_date
+from certificate import certificate, command_and_date
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

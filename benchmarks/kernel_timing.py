@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import certificate, command_and_date
+from certificate import certificate, command_and_date
 
 
 def time_graph(step: Callable[[], None], replays: int = 30) -> float:

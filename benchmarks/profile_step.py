@@ -24,7 +24,8 @@ from typing import Any
 import processes
 from arms import ARMS, engine_args
 from bench_serving import names_of
-from record import Row, certificate, command_and_date
+from certificate import certificate, command_and_date
+from record import Row
 
 PROMPT, BESIDE, CONTEXT, LEVELS = 1024, 31, 1200, (1, 8, 32)  # tokens, requests, tokens, requests
 TIMES = 8  # steps of a kind, timed and profiled

@@ -8,19 +8,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_serving
+import certificate
 import offline
-import record
 from benchmark_options import MODEL, options
 from processes import RunError
 
 
 def test_the_gpu_of_a_run_is_the_one_that_the_process_may_use(monkeypatch):
     asked = []
-    monkeypatch.setattr(record, "output_of", lambda *args: asked.append(args) or "H, U, 1")
+    monkeypatch.setattr(certificate, "output_of", lambda *args: asked.append(args) or "H, U, 1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    assert record.gpu_facts() == {"gpu": "H", "gpu_uuid": "U", "driver": "1"}
+    assert certificate.gpu_facts() == {"gpu": "H", "gpu_uuid": "U", "driver": "1"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    record.gpu_facts()
+    certificate.gpu_facts()
     assert asked[0][-2:] == ("-i", "3") and "-i" not in asked[1]
 
 
@@ -30,7 +30,7 @@ class Runs:
     def __init__(self, monkeypatch, path):
         self.path, self.monkeypatch, self.problem = path, monkeypatch, None
         self.gpu = {"gpu": "H", "gpu_uuid": "GPU-1", "driver": "580"}
-        monkeypatch.setattr(record, "gpu_facts", lambda: self.gpu)
+        monkeypatch.setattr(certificate, "gpu_facts", lambda: self.gpu)
         monkeypatch.setattr(offline, "measure", self.measure)
         (path / "dms").mkdir()
         (path / "dms" / "synthetic.json").write_text(json.dumps(MODEL))

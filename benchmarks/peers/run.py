@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import processes  # noqa: E402
 from arms import ARMS  # noqa: E402
-from record import certificate, command_and_date  # noqa: E402
+from certificate import certificate, command_and_date  # noqa: E402
 
 PEERS = ("fastdms_compact", "kvpress_knorm", "nvidia_hub")
 

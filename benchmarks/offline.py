@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from statistics import mean
@@ -34,7 +33,7 @@ def measure(
     saved = log.with_suffix(".json")
     command = [*processes.CLI, "bench", *bench_flags(workload, options.scale)]
     command += [*flags(engine["args"]), "--disable-detokenize", "--output-json", str(saved)]
-    engine["command"] = shlex.join(command)
+    engine["command"] = processes.command_line(command)
     # A line a second tells what runs and what waits.
     processes.run(arm, command, log, deadline, VLLM_LOG_STATS_INTERVAL="1")
     found = json.loads(saved.read_text())

@@ -4,10 +4,12 @@ import atexit
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,8 @@ def first_error(log: Path) -> str:
 def telling_lines(log: Path) -> dict[str, str]:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return {text: line.split("] ", 1)[-1] for text in TELLING for line in lines if text in line}
+
+
+def command_line(command: Sequence[str]) -> str:
+    """As a result names it: without the place of this machine's Python."""
+    return shlex.join("python" if part == sys.executable else part for part in command)

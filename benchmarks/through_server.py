@@ -8,7 +8,6 @@ import random
 import re
 import secrets
 import select
-import shlex
 import socket
 import subprocess
 import sys
@@ -176,7 +175,7 @@ def serving(
     """Starts a server and puts its command into ``engine``, its entry in the run's record. As a
     context it is ready."""
     server = Server(arm, engine["args"], options, log)
-    engine["command"] = shlex.join(server.command)
+    engine["command"] = processes.command_line(server.command)
 
     @contextlib.contextmanager
     def ready() -> Iterator[Server]:

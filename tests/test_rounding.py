@@ -47,6 +47,13 @@ def test_turboquants_keys_keep_their_norm_and_err_as_sixteen_levels_must(vectors
     assert error(out, vectors) == pytest.approx(0.0095, rel=0.1)
 
 
+def test_vllms_fp8_cuts_off_what_a_scale_per_vector_does_not():
+    x = torch.tensor([[1.0, 500.0]])
+    for of_vllm, own in zip(ARMS["vllm_fp8"], ARMS["fp8"], strict=True):
+        assert of_vllm(x)[0].tolist() == [1.0, 448.0]
+        assert own(x)[0, 1].item() == pytest.approx(500, rel=0.01)
+
+
 def test_a_models_arms_are_measured_against_itself(tmp_path, monkeypatch):
     command = ["x", "--length", "100", "--documents", "1", "--out", str(tmp_path), "--commit", "c"]
     command += ["--arms", "fp8,int4_value_only,turboquant_4bit_nc_as_vllm,turboquant_4bit_nc"]

@@ -24,6 +24,12 @@ def of_storage(storage: Storage) -> tuple[Rounding, Rounding]:
     )
 
 
+def vllm_fp8(x: torch.Tensor) -> torch.Tensor:
+    """With the scale of 1 that vLLM takes where a checkpoint has none."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return x.float().clamp(-most, most).to(torch.float8_e4m3fn).float()
+
+
 def rotated(x: torch.Tensor) -> torch.Tensor:
     """Its own inverse."""
     return rotate(x) * x.shape[-1] ** -0.5
@@ -117,6 +123,7 @@ _int4_key, _int4_value = of_storage(Int4Storage())
 ARMS: dict[str, tuple[Rounding, Rounding]] = {
     "fp8": of_storage(FP8Storage()),
     "int4": (_int4_key, _int4_value),
+    "vllm_fp8": (vllm_fp8, vllm_fp8),
     "turboquant_4bit_nc": (turboquant_key, turboquant_value),
     "turboquant_4bit_nc_as_vllm": (turboquant_key, turboquant_value),
     "int4_per_token_head": (per_token_head, per_token_head),

@@ -5,8 +5,9 @@
 The reference model in fp32 with nothing evicted, against itself unrounded: what a storage alone
 costs, also of caches of vLLM's that need a GPU. Those are written down in quality/roundings.py from
 what they store; ``_as_vllm`` leaves the first two and the last two layers as they are, as vLLM does
-for TurboQuant. FlashAttention 3 also rounds queries to FP8, which is not followed. Arms that begin with ``int4_`` and are no cache of vLLM's are halves and variants of
-`Int4Storage`. Without --text the needle questions of the embedded checkpoint are asked. Writes
+for TurboQuant. With FP8 FlashAttention 3 rounds queries as well, which is not followed. Arms that
+begin with ``int4_`` and are no cache of vLLM's are halves and variants of `Int4Storage`. Without
+--text the needle questions of the embedded checkpoint are asked. Writes
 quality_rounding.json into --out; rows of other models stay.
 """
 

@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, nargs="?", default=EMBEDDED)
+    add("--name", help="of the model in the rows, if not its directory's")
     add("--text", type=Path, help="plain text, instead of needle questions")
     add("--arms", type=names, default=[*ARMS])
     add("--length", type=int, default=2048)
@@ -85,7 +86,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
 
 def main() -> None:
     args = parse_args()
-    name = "vllm_dms/assets/tiny" if args.model == EMBEDDED else args.model.name
+    name = "vllm_dms/assets/tiny" if args.model == EMBEDDED else args.name or args.model.name
     about = {"model": name, "text": args.text.name if args.text else "needle questions"}
     origin = stamp(args)
     path = args.out / "quality_rounding.json"

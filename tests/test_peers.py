@@ -26,6 +26,18 @@ run("torch", measure)
 """
 
 
+SLOW = f"""
+import sys, time
+sys.path.insert(0, {str(HERE)!r})
+from load import run
+
+def wait(load):
+    time.sleep(60)
+
+run("torch", wait)
+"""
+
+
 @pytest.fixture
 def rows(monkeypatch, tmp_path):
     """Of a peer that runs, one that lacks its package, and one that was measured before."""
@@ -34,6 +46,7 @@ def rows(monkeypatch, tmp_path):
     (tmp_path / "model" / "dms" / "synthetic.json").write_text(json.dumps(model))
     (tmp_path / "quick.py").write_text(PEER)
     (tmp_path / "absent.py").write_text("import no_such_package")
+    (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "peers.json"
     out.write_text(json.dumps([{"peer": "old", "tok_s": 1.0}, {"peer": "quick", "tok_s": 2.0}]))
     monkeypatch.setattr(peers, "HERE", tmp_path)
@@ -57,3 +70,13 @@ def test_a_peer_without_its_package_says_so(rows):
     absent = rows[-1]
     assert absent["error"] == "exit code 1: ModuleNotFoundError: No module named 'no_such_package'"
     assert "tok_s" not in absent
+
+
+def test_a_peer_that_takes_too_long_says_what_it_was_at(rows, monkeypatch, tmp_path):
+    argv = [*sys.argv, "--peers", "slow", "--seconds", "20"]
+    monkeypatch.setattr(sys, "argv", argv)
+    peers.main()
+    slow = json.loads((tmp_path / "peers.json").read_text())[-1]
+    assert slow["error"] == "no result in 20 s"
+    assert slow["stack"][0].endswith("slow.py:7 wait")
+    assert slow["stack"][1].endswith("run")

@@ -1,5 +1,6 @@
 """What every peer is asked for, and what each says of itself. Runs in the peer's own process."""
 
+import faulthandler
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ class Load:
     prompt: int  # tokens of every prompt
     tokens: int  # generated for each
     seed: int
+    until: float  # then the parent ends it, in seconds as of `time.time`
     to: str  # JSON that the peer writes
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
@@ -32,6 +34,8 @@ class Load:
 def run(package: str, measure: Callable[[Load], dict[str, Any]]) -> None:
     """Main function of a peer. ``measure`` returns ``seconds`` and what else is to be said."""
     load = Load(**json.loads(sys.argv[1]))
+    # Shortly before the parent would end it without a word of what it was at.
+    faulthandler.dump_traceback_later(max(load.until - time.time() - 3, 0.1), exit=True)
     row = {"version": version(package), "torch": torch.__version__, **measure(load)}
     row["tok_s"] = load.batch * load.tokens / row["seconds"]
     if torch.cuda.is_available():
@@ -41,8 +45,10 @@ def run(package: str, measure: Callable[[Load], dict[str, Any]]) -> None:
 
 def timed(generate: Callable[[int], None], tokens: int) -> float:
     """Seconds of ``generate(tokens)``, after a short one, in which kernels are compiled."""
+    start = time.perf_counter()
     generate(4)
     synchronize()
+    print(f"the short generation took {time.perf_counter() - start:.1f} s", flush=True)
     start = time.perf_counter()
     generate(tokens)
     synchronize()

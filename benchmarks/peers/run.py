@@ -11,6 +11,7 @@ same load: bench_serving.py --workloads batch-1k.
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -46,16 +47,28 @@ def row_of(peer: str, args: argparse.Namespace) -> dict:
     log, to = (args.out.with_name(f"{peer}{end}") for end in (".log", ".row.json"))
     to.unlink(missing_ok=True)
     load = {name: getattr(args, name) for name in ("batch", "prompt", "tokens", "seed")}
-    spec = json.dumps({"model": str(args.model), "to": str(to), **load})
+    own = {"model": str(args.model), "to": str(to), "until": time.time() + args.seconds}
+    spec = json.dumps(own | load)
     command = [sys.executable, str(HERE / f"{peer}.py"), spec]
     try:
         processes.run(ARMS["bf16"], command, log, time.monotonic() + args.seconds)
         found = json.loads(to.read_text())
     except processes.RunError as error:
         found = {"error": str(error)}
+        if stack := stack_of(log):
+            found = {"error": f"no result in {args.seconds:.0f} s", "stack": stack}
     model = json.loads((args.model / "dms" / "synthetic.json").read_text())
     shape = {"model": model["shape"], "layers": model["layers"], "dms_window": model["window"]}
     return {"peer": peer, **load, **shape, **found}
+
+
+def stack_of(log: Path) -> list[str]:
+    """Where the main thread was when the peer's time ran out (`load.run`), innermost call first."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    _, timeout, threads = text.rpartition("Timeout (")
+    main_thread = threads.rpartition("(most recent call first)")[2]
+    calls = re.findall(r'File "(?:.*/)?(.+?/.+?|.+?)", line (\d+) in (.+)', main_thread)
+    return [f"{file}:{line} {name}" for file, line, name in calls] if timeout else []
 
 
 def main() -> None:

@@ -187,4 +187,6 @@ def test_launches_are_timed_by_batch_and_part_without_a_gpu(tmp_path):
     }  # fmt: skip
     for row in rows.values():
         assert row["layer_us"] == pytest.approx(sum(row["parts_us"].values()), abs=0.1)
-        assert min(row["parts_us"].values()) > 0 and {"project", "op"} <= row["parts_us"].keys()
+        # `op` is what is left of rounds that others were timed in: on a busy machine anything.
+        rest = {name: us for name, us in row["parts_us"].items() if name != "op"}
+        assert min(rest.values()) > 0 and "project" in rest and len(rest) < len(row["parts_us"])

@@ -103,6 +103,7 @@ def test_a_decision_for_all_heads():
     assert_equal(case, replace(BORROWED, alpha_per="layer"), make_projection(case))
 
 
+ODD = {"dim": 80, "heads": 3, "group": 3, "page": 16}
 # Chunks that begin their request and fit into a window of 11: alone, with others that only decode
 # or have one token in all, before and behind them; then decodes until all have left the window.
 ALL = [(0, 1), (1, 1), (2, 1), (3, 1)]
@@ -114,9 +115,9 @@ LENGTHS = tuple(sum(n for work in STEPS for k, n in work if k == i) for i in ran
     ("config", "shape"),
     [
         (BORROWED, {}),
-        (FASTDMS, {"dim": 80, "heads": 3, "group": 3, "page": 16, "lengths": LENGTHS[:2]}),
-        (ADAPTER, {"storage": "fp8"}),
-        (BORROWED, {"storage": "int4", "dim": 64, "lengths": LENGTHS[:2]}),
+        (FASTDMS, ODD | {"layers": 1, "lengths": LENGTHS[:2]}),
+        (ADAPTER, {"storage": "fp8", "layers": 1}),
+        (BORROWED, {"storage": "int4", "dim": 64, "layers": 1, "lengths": LENGTHS[:2]}),
     ],
     ids=("borrowed", "fastdms, an odd shape", "adapter, fp8", "borrowed, int4"),
 )

@@ -1,11 +1,15 @@
 """Through vLLM's engine, with `prefix_cache`: what a request goes on from is what it would have
 computed itself."""
 
+import time
+
 import pytest
 from chats import Chat, answer_of, sampling_args, talk
 from checkpoints import DIALECTS
 from engines import NOISE, generate, prompts, worst_error
 from vllm import SamplingParams
+
+from vllm_dms.core.integrity import check_integrity
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 512])
@@ -106,7 +110,8 @@ def test_hits_go_on_when_half_of_the_states_are_gone(checkpoint, make_engine):
     assert 0 in cached and sum(map(bool, cached)) >= len(ends) // 2
 
 
-def test_preempted_requests_come_back_to_what_they_left(checkpoint, make_engine):
+def test_requests_that_a_full_pool_preempts_are_exact(checkpoint, make_engine):
+    """What is preempted for want of blocks rarely finds its state again: it was taken first."""
     path = checkpoint("nvidia-borrowed", evict_rate=0.5)
     chat = Chat(
         path, make_engine, 64,
@@ -120,11 +125,44 @@ def test_preempted_requests_come_back_to_what_they_left(checkpoint, make_engine)
     chat.ask(again, 20)
 
 
-@pytest.mark.parametrize("storage", ["dms", "dms_fp8"])
+@pytest.mark.parametrize("name", ["borrowed", "adapter", "fastdms"])
+def test_preempted_requests_go_on_from_a_state_that_is_still_there(checkpoint, make_engine, name):
+    chat = Chat(checkpoint(**DIALECTS[name]), make_engine, 64)
+    engine, scheduler, prefix = chat.llm.llm_engine, chat.scheduler, chat.manager.prefix
+    restore, went_on = prefix.restore, []
+
+    def watched(request_id, *args):
+        if scheduler.requests[request_id].num_preemptions:
+            name = request_id.partition("-")[0]  # vLLM adds to it
+            went_on.append((name, prefix._hits[request_id].num_tokens))
+        return restore(request_id, *args)
+
+    prefix.restore = watched
+    a, b, tail = prompts((230, 97, 129), seed=3)
+    texts = {"a": a, "b": b, "fork": a[:160] + tail, "same": a}
+    params = SamplingParams(**sampling_args(40))
+    for request_id, ids in texts.items():
+        engine.add_request(request_id, {"prompt_token_ids": ids}, params)
+    outputs, step = {}, 0
+    while engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in engine.step() if output.finished}
+        step += 1
+        if step in (2, 3, 6, 9, 14, 20, 21, 30) and scheduler.running:
+            # As vLLM's scheduler does it, the last and the first in turn; here blocks are free.
+            victim = scheduler.running.pop(-1 if step % 2 else 0)
+            scheduler._preempt_request(victim, time.monotonic())
+        check_integrity(chat.manager)
+    for request_id, ids in texts.items():
+        assert worst_error(chat.reference, ids, outputs[request_id]) < NOISE
+    assert len(went_on) >= 3 and ("b", 97) in went_on, went_on
+
+
+@pytest.mark.parametrize("storage", ["dms", "dms_fp8", "dms_int4"])
 def test_a_state_is_as_it_was_stored(checkpoint, make_engine, storage):
-    """FP8 rounds; a hit rounds no more: twice the same, from a state and from another's."""
+    """FP8 and 4 bits round; a hit rounds no more: twice the same, from a state and another's."""
+    shape = {"head_dim": 64} if storage == "dms_int4" else {}
     chat = Chat(
-        checkpoint(**DIALECTS["borrowed"]), make_engine, kv_cache_dtype=storage,
+        checkpoint(**DIALECTS["borrowed"], **shape), make_engine, kv_cache_dtype=storage,
         noise=NOISE if storage == "dms" else float("inf"),
     )  # fmt: skip
     (ids,) = prompts((230,), seed=3)

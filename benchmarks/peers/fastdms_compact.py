@@ -50,17 +50,23 @@ def measure(load: Load) -> dict[str, Any]:
         enforce_eager=True,  # of the dense cache; the compact one decodes by CUDA graphs
         compact_kv_enabled=True,
         compact_kv_retention_mode="dms",
+        # Of every layer in one tensor. In 0.2.0 the other layout fails in the first decode step:
+        # positions of 64 bits are put into a tensor of 32.
+        compact_kv_layer_major_metadata=True,
         kv_cache_dtype="float8_e4m3fn",
         max_num_seqs=load.batch,
         max_model_len=load.prompt + load.tokens,
     )
+    print("the engine is ready", flush=True)
     prompts = load.prompts(engine.model_runner.config.hf_config.vocab_size)
 
     def generate(tokens: int) -> None:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
         engine.generate(prompts, params, use_tqdm=False)
 
-    return {"seconds": timed(generate, load.tokens), "flash_attn": attention}
+    # As long as the one that is timed: the room for what is generated is part of the cache's size,
+    # and a cache that grows has its graph captured again.
+    return {"seconds": timed(generate, load.tokens, load.tokens), "flash_attn": attention}
 
 
 if __name__ == "__main__":

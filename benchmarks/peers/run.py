@@ -4,9 +4,9 @@ prompts of up to 1,024 tokens at once, in transformers (2,687 tok/s on an H100).
     python benchmarks/synthetic.py Qwen3-8B --out /tmp/qwen3-8b
     python benchmarks/peers/run.py --model /tmp/qwen3-8b --out peers.json
 
-Each peer is a process of its own, which needs its package: `pip install fastdms==0.2.0` or
-`kvpress==0.5.5`. One that does not run gets a row that says why. The plugin and stock vLLM on the
-same load: bench_serving.py --workloads batch-1k.
+Each peer is a process of its own, which needs its package: `pip install --no-deps fastdms==0.2.0
+xxhash` or `pip install kvpress==0.5.5`. One that does not run gets a row that says why. The plugin
+and stock vLLM on the same load: bench_serving.py --workloads batch-1k.
 """
 
 import argparse

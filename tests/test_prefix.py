@@ -179,6 +179,22 @@ def test_a_state_is_as_it_was_stored(checkpoint, make_engine, storage):
     assert furthest(second, third) < 1e-4
 
 
+def test_hits_and_queries_are_counted_in_tokens(checkpoint, make_engine):
+    chat = Chat(checkpoint(**DIALECTS["borrowed"]), make_engine, disable_log_stats=False)
+    names = [f"vllm:external_prefix_cache_{what}" for what in ("queries", "hits")]
+
+    def counted():  # by all engines of this process
+        found = {metric.name: metric for metric in chat.llm.get_metrics()}
+        return [found[name].value if name in found else 0 for name in names]
+
+    before = counted()
+    (ids,) = prompts((230,), seed=11)
+    outputs = chat.ask([ids]) + chat.ask([ids, ids[:100]]) + chat.ask([ids], salts=["a"])
+    hits = sum(output.num_cached_tokens for output in outputs)
+    assert hits >= 229
+    assert [b - a for a, b in zip(before, counted(), strict=True)] == [3 * 230 + 100, hits]
+
+
 # On a GPU, with CUDA graphs and async scheduling.
 
 

@@ -9,6 +9,8 @@ from checkpoints import DIALECTS
 from engines import NOISE, generate, prompts, worst_error
 from vllm import SamplingParams
 
+from vllm_dms.config import DMSConfig
+from vllm_dms.core.banner import banner
 from vllm_dms.core.integrity import check_integrity
 
 
@@ -193,6 +195,18 @@ def test_hits_and_queries_are_counted_in_tokens(checkpoint, make_engine):
     hits = sum(output.num_cached_tokens for output in outputs)
     assert hits >= 229
     assert [b - a for a, b in zip(before, counted(), strict=True)] == [3 * 230 + 100, hits]
+    assert len(chat.kept) > 1 and chat.kept.num_blocks > 0
+    assert f", {len(chat.kept)} states kept in 0.00 GiB" in chat.scheduler.connector.stats.line()
+
+
+def test_the_banner_says_what_a_kept_state_costs(checkpoint, make_engine):
+    spec = Chat(checkpoint(**DIALECTS["borrowed"]), make_engine).manager.spec
+    on, off = (DMSConfig("nvidia-borrowed", 32, 1.0, 0.0, 1, prefix_cache=p) for p in (True, False))
+    beside = spec.layout.record_blocks * spec.layout.block_bytes / 2**20
+    assert f"prefix cache on: states are kept in free blocks, each with {beside:.1f} MiB" in banner(
+        spec, on, 100, 1024
+    )
+    assert "prefix cache" not in banner(spec, off, 100, 1024)
 
 
 # On a GPU, with CUDA graphs and async scheduling.

@@ -106,7 +106,7 @@ def main() -> None:
             out = Path(place) / "row.json"
             command = [sys.executable, *launcher, "-m", "benchmarks.bench_retrofit_gpus", *settings]
             done = subprocess.run([*command, *extra, "--out", str(out)])
-            row = json.loads(out.read_text()) if done.returncode == 0 else {"failed": command}
+            row = json.loads(out.read_text()) if done.returncode == 0 else {"failed": command[1:]}
         if "seconds_a_step" in row and "seconds_a_step" in (found["rows"] or [{}])[0]:
             row["over_one"] = round(row["tokens_a_second"] / found["rows"][0]["tokens_a_second"], 3)
         found["rows"].append(row)

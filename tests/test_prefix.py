@@ -135,8 +135,8 @@ def test_preempted_requests_go_on_from_a_state_that_is_still_there(checkpoint, m
 
     def watched(request_id, *args):
         if scheduler.requests[request_id].num_preemptions:
-            name = request_id.partition("-")[0]  # vLLM adds to it
-            went_on.append((name, prefix._hits[request_id].num_tokens))
+            given = request_id.partition("-")[0]  # vLLM adds to it
+            went_on.append((given, prefix._hits[request_id].num_tokens))
         return restore(request_id, *args)
 
     prefix.restore = watched

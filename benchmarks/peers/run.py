@@ -67,8 +67,8 @@ def stack_of(log: Path) -> list[str]:
     text = log.read_text(errors="replace") if log.exists() else ""
     _, timeout, threads = text.rpartition("Timeout (")
     main_thread = threads.rpartition("(most recent call first)")[2]
-    calls = re.findall(r'File "(?:.*/)?(.+?/.+?|.+?)", line (\d+) in (.+)', main_thread)
-    return [f"{file}:{line} {name}" for file, line, name in calls] if timeout else []
+    calls = re.findall(r'File "(.+)", line (\d+) in (.+)', main_thread) if timeout else []
+    return [f"{'/'.join(Path(file).parts[-2:])}:{line} {name}" for file, line, name in calls]
 
 
 def main() -> None:

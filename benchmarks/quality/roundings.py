@@ -25,7 +25,8 @@ def of_storage(storage: Storage) -> tuple[Rounding, Rounding]:
 
 
 def vllm_fp8(x: torch.Tensor) -> torch.Tensor:
-    """With the scale of 1 that vLLM takes where a checkpoint has none."""
+    """With the scale of 1 that vLLM takes where a checkpoint has none. What is beyond the largest
+    number becomes that, which not every PyTorch's cast does."""
     most = torch.finfo(torch.float8_e4m3fn).max
     return x.float().clamp(-most, most).to(torch.float8_e4m3fn).float()
 
